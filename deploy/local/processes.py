@@ -1,0 +1,202 @@
+"""The processes of this project and the environment of each: the table to read first.
+
+Each gets its own secrets and nobody else's. `Process` is also what `servers.py` describes NATS,
+Postgres and SeaweedFS with; `supervisor.py` starts them all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from deploy.local.installation import (
+    JOBS_BUCKET,
+    MAX_GATEWAYS,
+    MODELS_BUCKET,
+    REPOSITORY,
+    ROLES,
+    SERVICES,
+    Installation,
+    read_env_file,
+)
+
+PASS_THROUGH = (
+    # all
+    "DARKROOM_LOG_LEVEL",
+    "DARKROOM_S3_PUBLIC_URL",
+    "DARKROOM_S3_REGION",
+    # gateway
+    "DARKROOM_TOKEN_SECONDS",
+    "DARKROOM_COMMAND_TIMEOUT",
+    "DARKROOM_REALTIME_TIMEOUT",
+    "DARKROOM_PRESIGN_SECONDS",
+    "DARKROOM_UPLOAD_PRESIGN_SECONDS",
+    "DARKROOM_MAX_BODY_BYTES",
+    "DARKROOM_MAX_PARAMS_BYTES",
+    "DARKROOM_ESD_COMPAT",
+    "DARKROOM_ENDPOINT_PREFIX",
+    "DARKROOM_CORS_ORIGIN",
+    # models
+    "DARKROOM_UPLOAD_EXPIRES_HOURS",
+    "DARKROOM_DOWNLOAD_SCHEMES",
+    "DARKROOM_DOWNLOAD_ALLOWED_HOSTS",
+    "DARKROOM_DOWNLOAD_MAX_BYTES",
+    "DARKROOM_DOWNLOADS_PARALLEL",
+    "DARKROOM_DOWNLOAD_LEASE_SECONDS",
+    "DARKROOM_SWEEP_SECONDS",
+    # inference
+    "DARKROOM_LEFTOVERS_SECONDS",
+    # endpoints
+    "DARKROOM_WORKER_COMMAND",
+    "DARKROOM_WORKER_THREADS",
+    "DARKROOM_WORKER_READY_WITHIN",
+    "DARKROOM_WORKER_STOP_WITHIN",
+    "DARKROOM_INSTANCE_TYPES",
+    "DARKROOM_DEFAULT_INSTANCE_TYPE",
+)
+"""What `settings.env` or the shell of `just up` may set for the services; the shell wins."""
+
+GATEWAYS = "DARKROOM_GATEWAYS"
+"""How many gateways to run; read by the supervisor itself."""
+
+KEPT = ("PATH", "HOME", "USER", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
+KEPT_PREFIXES = ("LC_", "SSL_CERT_", "CUDA_", "NVIDIA_", "ROCR_", "OMP_", "MKL_", "NUMBA_", "HF_")
+"""The rest of the shell's environment stays outside: PG…, AWS_… and proxies change behaviour."""
+
+
+async def _nothing_to_prepare() -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Process:
+    """How to start one process, how to see that it is ready, and how to stop it."""
+
+    name: str
+    command: list[str]
+    ready: Callable[[], Awaitable[bool]]
+    url: str
+    environment: Mapping[str, str] = field(repr=False)
+    directory: Path = REPOSITORY
+    prepare: Callable[[], Awaitable[None]] = _nothing_to_prepare
+    user: int | None = None
+    stop_signal: signal.Signals = signal.SIGTERM
+    stop_seconds: float = 20.0
+
+
+def table(installation: Installation, settings: Mapping[str, str]) -> list[Process]:
+    """Our own processes, in the order of their start."""
+    gateways = gateway_names(settings)
+    return [
+        *(_describe(installation, name, name, settings) for name in SERVICES),
+        *(_describe(installation, name, "gateway", settings) for name in gateways),
+    ]
+
+
+def gateway_names(settings: Mapping[str, str]) -> list[str]:
+    wanted = settings.get(GATEWAYS) or "1"
+    if not wanted.isdigit() or not 1 <= int(wanted) <= MAX_GATEWAYS:
+        raise ValueError(f"{GATEWAYS} is {wanted}: say 1 to {MAX_GATEWAYS}")
+    return ["gateway", *(f"gateway-{n}" for n in range(2, int(wanted) + 1))]
+
+
+def read_settings(
+    installation: Installation, environ: Mapping[str, str] = os.environ
+) -> dict[str, str]:
+    """The settings in force: `settings.env`, overridden by what the shell exports."""
+    found = {**read_env_file(installation.home / "settings.env"), **environ}
+    return {name: found[name] for name in (*PASS_THROUGH, GATEWAYS) if name in found}
+
+
+def base_environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    return {
+        name: value
+        for name, value in environ.items()
+        if name in KEPT or name.startswith(KEPT_PREFIXES)
+    }
+
+
+def _describe(
+    installation: Installation, name: str, module: str, settings: Mapping[str, str]
+) -> Process:
+    port = installation.ports[name]
+    url = f"http://127.0.0.1:{port}"
+
+    async def ready() -> bool:
+        return await http_status(port, "/readyz") == 200
+
+    return Process(
+        name=name,
+        command=[sys.executable, "-m", f"services.{module}"],
+        ready=ready,
+        url=url,
+        environment={
+            **base_environment(),
+            "PYTHONUNBUFFERED": "1",
+            **{key: value for key, value in settings.items() if key in PASS_THROUGH},
+            **_environment(installation, module),
+            "DARKROOM_HTTP_HOST": "127.0.0.1",
+            "DARKROOM_HTTP_PORT": str(port),
+        },
+    )
+
+
+def _environment(installation: Installation, module: str) -> dict[str, str]:
+    secrets = installation.secrets
+    environment = {
+        "DARKROOM_NATS_URL": installation.nats_url,
+        "DARKROOM_NATS_USER": module,
+        "DARKROOM_NATS_PASSWORD": secrets.nats[module],
+    }
+    if module in ROLES:
+        environment["DARKROOM_POSTGRES_URL"] = installation.postgres_url(module)
+    buckets = {
+        "DARKROOM_S3_URL": installation.s3_url,
+        "DARKROOM_S3_MODELS_BUCKET": MODELS_BUCKET,
+        "DARKROOM_S3_JOBS_BUCKET": JOBS_BUCKET,
+    }
+    if module in ("gateway", "models", "inference"):
+        environment |= buckets
+        environment["DARKROOM_S3_ACCESS_KEY"] = secrets.s3[module].access_key
+        environment["DARKROOM_S3_SECRET_KEY"] = secrets.s3[module].secret_key
+    if module == "gateway":
+        digest = hashlib.sha256(secrets.api_key.encode()).hexdigest()
+        environment["DARKROOM_API_KEY_SHA256"] = digest
+        environment["DARKROOM_TOKEN_SECRET"] = secrets.token_secret
+    if module == "identity":
+        environment["DARKROOM_ADMIN_USER"] = "admin"
+        environment["DARKROOM_ADMIN_PASSWORD_HASH"] = secrets.admin_password_hash
+    if module == "endpoints":  # which starts the workers and gives them these
+        environment |= buckets
+        environment["DARKROOM_WORKER_NATS_USER"] = "worker"
+        environment["DARKROOM_WORKER_NATS_PASSWORD"] = secrets.nats["worker"]
+        environment["DARKROOM_WORKER_S3_ACCESS_KEY"] = secrets.s3["worker"].access_key
+        environment["DARKROOM_WORKER_S3_SECRET_KEY"] = secrets.s3["worker"].secret_key
+        environment["DARKROOM_WORKER_CACHE"] = str(installation.cache)
+        environment["DARKROOM_RUN"] = str(installation.run)
+        environment["DARKROOM_LOGS"] = str(installation.logs)
+    return environment
+
+
+async def http_status(port: int, path: str, timeout: float = 3.0) -> int | None:
+    """The status of a GET on loopback, None if nobody answers."""
+    try:
+        async with asyncio.timeout(timeout):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            try:
+                writer.write(
+                    f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n"
+                    "Connection: close\r\n\r\n".encode()
+                )
+                status_line = await reader.readline()
+            finally:
+                writer.close()
+        return int(status_line.split()[1])
+    except (OSError, TimeoutError, IndexError, ValueError):
+        return None

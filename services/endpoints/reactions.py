@@ -1,0 +1,205 @@
+"""What endpoints does unasked: it compares the workers that are wanted with those that live, at
+start, after each command and once a second, and makes the second like the first. It remembers
+nothing, so it may be killed at any point."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from datetime import timedelta
+from functools import partial
+
+from nats.js.errors import NotFoundError
+
+from services.endpoints.domain import (
+    FAILED,
+    Ending,
+    Endpoint,
+    Instance,
+    InstanceTypes,
+    Plan,
+    event_after,
+    make_plan,
+)
+from services.endpoints.launchers.process import LaunchFailed, ProcessLauncher
+from services.endpoints.store import EndpointStore, InstanceStore
+from shared.contracts.envelope import new_id
+from shared.contracts.subjects import JOBS, jobs_consumer, jobs_durable
+from shared.errors import Rejected
+from shared.logs import get_logger
+from shared.service import Service
+from shared.unit_of_work import Tx, utc_now
+
+log = get_logger(__name__)
+
+EVERY = 1.0
+QUEUE_CHECK = 30.0
+"""Seconds after which a queue is looked at again: without it workers spin and no job arrives."""
+LAST_STOP = 8.0
+"""Seconds that workers have to finish when this service stops."""
+
+
+async def add_instance(instance: Instance, tx: Tx) -> None:
+    """The row comes before the process. Raises Rejected when no more are wanted by now."""
+    endpoints, instances = EndpointStore(tx.conn), InstanceStore(tx.conn)
+    endpoint = await endpoints.find(instance.endpoint_id)
+    if endpoint is None or await instances.count(endpoint.endpoint_id) >= endpoint.wanted_count:
+        raise Rejected("endpoints.not_found", endpoint_name=instance.endpoint_id)
+    await instances.save(instance)
+
+
+async def end_instance(ending: Ending, tx: Tx) -> None:
+    endpoints, instances = EndpointStore(tx.conn), InstanceStore(tx.conn)
+    endpoint = await endpoints.find(ending.instance.endpoint_id)
+    if endpoint is None or not await instances.remove(ending.instance.instance_id):
+        return
+    changed = endpoint
+    if ending.crash:
+        changed = endpoint.note_crash(ending.instance, ending.crash, now=tx.now)
+    if changed.endpoint_status == FAILED:
+        await instances.remove_all_of(endpoint.endpoint_id)
+    changed = changed.count_ready(await instances.count_ready(endpoint.endpoint_id), now=tx.now)
+    await endpoints.save(changed)
+    if event := event_after(endpoint, changed):
+        tx.emit(event)
+
+
+async def release_endpoint(endpoint_id: str, tx: Tx) -> None:
+    store = EndpointStore(tx.conn)
+    endpoint = await store.find(endpoint_id)
+    if endpoint:
+        await store.save(endpoint.release())
+
+
+class Reconciler:
+    def __init__(
+        self, launcher: ProcessLauncher, types: InstanceTypes, *, ready_within: timedelta
+    ) -> None:
+        self._launcher = launcher
+        self._types = types
+        self._ready_within = ready_within
+        self._service: Service | None = None
+        self._wake = asyncio.Event()
+        self._one_at_a_time = asyncio.Lock()
+        self._stopping = False
+        self._queues_seen: dict[str, float] = {}
+
+    def wake(self) -> None:
+        self._wake.set()
+
+    async def run(self, service: Service) -> None:
+        """Until cancelled. What goes wrong in one pass is tried again in the next."""
+        await self._launcher.open()
+        self._service = service
+        while True:
+            try:
+                async with self._one_at_a_time:
+                    await self._reconcile(service)
+            except Exception as error:
+                log.warning("reconcile_postponed", error=repr(error))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), EVERY)
+            self._wake.clear()
+
+    async def stop(self) -> None:
+        """The workers go with this service; they stay wanted, so the next start brings them back.
+        First the rows: nobody should send them another job."""
+        self._stopping = True
+        async with self._one_at_a_time:
+            service = self._service
+            if service is None:
+                return
+            try:
+                async with asyncio.timeout(3):
+                    for instance in await InstanceStore(service.pool).list_all():
+                        await self._end(service, Ending(instance=instance, crash=None))
+            except Exception as error:  # Postgres may be stopping too; the next start sees it
+                log.warning("stop_not_recorded", error=repr(error))
+            await self._launcher.stop_all(within=LAST_STOP)
+
+    async def _reconcile(self, service: Service) -> None:
+        if self._stopping:
+            return
+        seen = self._launcher.observe()  # before the rows: a row may be newer than what was seen
+        endpoints = await EndpointStore(service.pool).list_unreleased()
+        plan = make_plan(
+            endpoints,
+            await InstanceStore(service.pool).list_all(),
+            seen,
+            now=utc_now(),
+            ready_within=self._ready_within,
+        )
+        for ending in plan.end:
+            await self._end(service, ending)
+        for instance_id, worker in seen.items():
+            if not worker.alive:
+                await self._launcher.forget(instance_id)
+        for instance_id in plan.stop:
+            self._launcher.stop(instance_id)
+        await self._follow(service, endpoints, plan)
+        if plan.end:
+            self.wake()  # what ended is replaced in the next pass, which sees the new rows
+
+    async def _follow(self, service: Service, endpoints: list[Endpoint], plan: Plan) -> None:
+        """One endpoint's trouble does not hold up the others."""
+        missing = {endpoint.endpoint_id: count for endpoint, count in plan.start}
+        for endpoint in endpoints:
+            if self._stopping:
+                return
+            try:
+                if endpoint in plan.release:
+                    await self._release(service, endpoint)
+                elif not endpoint.deleted:
+                    await self._open_queue(service, endpoint.endpoint_id)
+                    for _ in range(missing.get(endpoint.endpoint_id, 0)):
+                        if not await self._start(service, endpoint):
+                            break
+            except Exception as error:
+                log.warning(
+                    "endpoint_postponed", endpoint_id=endpoint.endpoint_id, error=repr(error)
+                )
+
+    async def _open_queue(self, service: Service, endpoint_id: str) -> None:
+        now = asyncio.get_running_loop().time()
+        if now - self._queues_seen.get(endpoint_id, -QUEUE_CHECK) >= QUEUE_CHECK:
+            await service.js.add_consumer(JOBS, jobs_consumer(endpoint_id))
+            self._queues_seen[endpoint_id] = now
+
+    async def _start(self, service: Service, endpoint: Endpoint) -> bool:
+        """False when there is no point in starting the next one now."""
+        instance = Instance(
+            instance_id=new_id(), endpoint_id=endpoint.endpoint_id, started_at=utc_now()
+        )
+        try:
+            await service.work.run(partial(add_instance, instance))
+        except Rejected:
+            return False
+        try:
+            type_ = self._types.get(endpoint.instance_type)
+            await self._launcher.start(instance.instance_id, endpoint, type_)
+        except (LaunchFailed, Rejected) as error:
+            await self._end(service, Ending(instance=instance, crash=str(error)))
+            return False
+        log.info(
+            "instance_started",
+            endpoint_id=endpoint.endpoint_id,
+            instance_id=instance.instance_id,
+            device=type_.device,
+        )
+        return True
+
+    async def _end(self, service: Service, ending: Ending) -> None:
+        await service.work.run(partial(end_instance, ending))
+        log.info(
+            "instance_ended",
+            endpoint_id=ending.instance.endpoint_id,
+            instance_id=ending.instance.instance_id,
+            crash=ending.crash,
+        )
+
+    async def _release(self, service: Service, endpoint: Endpoint) -> None:
+        with contextlib.suppress(NotFoundError):
+            await service.js.delete_consumer(JOBS, jobs_durable(endpoint.endpoint_id))
+        await service.work.run(partial(release_endpoint, endpoint.endpoint_id))
+        self._queues_seen.pop(endpoint.endpoint_id, None)
+        log.info("endpoint_released", endpoint_id=endpoint.endpoint_id)

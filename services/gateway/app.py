@@ -1,0 +1,229 @@
+"""Wires the gateway: opens what it needs in the background, and serves from the first moment."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import uvicorn
+from litestar import Litestar, Request
+from litestar.di import Provide
+from litestar.exceptions import SerializationException
+from litestar.openapi import OpenAPIConfig
+from litestar.openapi.spec import Components, SecurityScheme
+
+from services.gateway import compat, errors
+from services.gateway.auth import check_api_key
+from services.gateway.dispatch import Dispatcher
+from services.gateway.errors import ApiError
+from services.gateway.events import Hub
+from services.gateway.projections import Projector
+from services.gateway.routes import ROUTES
+from services.gateway.settings import Settings
+from services.gateway.state import Gateway
+from services.gateway.views import Views
+from shared import bus, logs
+from shared.contracts import endpoints, identity, inference, models
+from shared.contracts import envelope as cloud
+from shared.contracts.registry import type_of
+from shared.contracts.subjects import command_subject
+from shared.postgres import connect_pool
+from shared.settings import ObjectSettings
+
+log = logs.get_logger(__name__)
+
+OPEN_PATHS = ("/healthz", "/readyz", "/docs", "/api")
+"""Served without an API key: health for orchestrators, and the public description of the API."""
+ALWAYS = ("/healthz", "/readyz", "/docs", "/api", "/ping")
+"""Served while the servers behind are still waited for."""
+
+Asgi = Callable[[Any, Any, Any], Awaitable[None]]
+
+
+def _make_app(gateway: Gateway) -> Litestar:
+    return Litestar(
+        route_handlers=ROUTES,
+        dependencies={"gateway": Provide(lambda: gateway, sync_to_thread=False, use_cache=True)},
+        exception_handlers=errors.HANDLERS,
+        before_request=_check_body_of(gateway.settings),
+        request_max_body_size=(
+            gateway.settings.max_params_bytes
+            if gateway.settings.esd_compat
+            else gateway.settings.max_body_bytes
+        ),
+        openapi_config=OpenAPIConfig(
+            title="Darkroom",
+            version="1.4.0",
+            description="Stable Diffusion for teams: the ESD 1.4.0 API on your own machines. "
+            "Every call carries x-api-key; all but POST /auth/token and GET /ping also carry "
+            "Authorization: Bearer <token>.",
+            path=None,
+            security=[{"apiKey": [], "person": []}],
+            components=Components(
+                security_schemes={
+                    "apiKey": SecurityScheme(
+                        type="apiKey", name="x-api-key", security_scheme_in="header"
+                    ),
+                    "person": SecurityScheme(type="http", scheme="bearer"),
+                }
+            ),
+        ),
+        lifespan=[lambda _: _opened(gateway)],
+        logging_config=None,
+    )
+
+
+def _check_body_of(settings: Settings) -> Callable[[Request[Any, Any, Any]], Awaitable[None]]:
+    async def check(request: Request[Any, Any, Any]) -> None:
+        """Refuses keys that a body does not know; ESD's own server ignores them."""
+        field = request.route_handler.parsed_fn_signature.parameters.get("data")
+        if field is None:
+            return
+        try:
+            given = await request.json()
+        except SerializationException as error:
+            raise ApiError(400, f"the body is not valid JSON: {error}") from None
+        if not isinstance(given, dict):
+            raise ApiError(400, "the body must be a JSON object with Content-Type application/json")
+        known = field.annotation.__struct_fields__
+        unknown = sorted(set(given).difference(known))
+        if unknown and not settings.esd_compat:
+            raise ApiError(400, f"unknown field {unknown[0]}; known are: {', '.join(known)}")
+
+    return check
+
+
+@contextlib.asynccontextmanager
+async def _opened(gateway: Gateway) -> AsyncIterator[None]:
+    opening = asyncio.create_task(_open(gateway))
+    try:
+        yield
+    finally:
+        opening.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await opening
+
+
+async def _open(gateway: Gateway) -> None:
+    """Waits for Postgres and NATS, then follows the events until the process stops."""
+    settings = gateway.settings
+    if settings.esd_compat:
+        compat.announce()
+    gateway.pool = await connect_pool(settings.postgres_url, size=12)
+    while not await gateway.pool.fetchval("SELECT to_regclass('position') IS NOT NULL"):
+        log.warning("waiting_for_migrations")
+        await asyncio.sleep(0.5)
+    client = await bus.connect(settings)
+    js = client.jetstream()
+
+    async def resync() -> None:
+        for owner, command in (
+            ("identity", identity.ResyncIdentity()),
+            ("models", models.ResyncModels()),
+            ("endpoints", endpoints.ResyncEndpoints()),
+            ("inference", inference.ResyncInference()),
+        ):
+            name = type_of(command)
+            framed = cloud.wrap(command, type=name, source="gateway", subject=owner)
+            await js.publish(command_subject(name), cloud.encode(framed), timeout=5)
+
+    async with gateway.objects.open():
+        gateway.views = Views(gateway.pool)
+        gateway.projector = Projector(gateway.pool, js, gateway.directory, resync)
+        gateway.dispatcher = Dispatcher(client, js, gateway.pool, settings.command_timeout)
+        gateway.projector.listeners.append(gateway.dispatcher.on_events)
+        gateway.hub = Hub(gateway.projector, js)
+        await gateway.hub.follow_progress(client)
+        gateway.ready = True
+        log.info("ready", service="gateway")
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(gateway.projector.run())
+            tasks.create_task(gateway.dispatcher.forget_old_keys())
+
+
+class Gate:
+    """Around everything, unknown paths included: API key first, then are we up; correlation id
+    and common headers on every answer."""
+
+    def __init__(self, app: Asgi, gateway: Gateway) -> None:
+        self._app = app
+        self._gateway = gateway
+        self._settings = gateway.settings
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        if self._settings.esd_compat:
+            scope["path"] = compat.strip_prefix(scope["path"])
+            scope["raw_path"] = scope["path"].encode()
+        headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        correlation_id = headers.get(b"x-correlation-id", "")[:100] or cloud.new_id()
+        scope.setdefault("state", {})["correlation_id"] = correlation_id
+        logs.bind(correlation_id)
+        send = self._with_headers(send, correlation_id)
+        path = scope["path"].rstrip("/") or "/"
+        if scope["method"] == "OPTIONS" and self._cors_origin:
+            await _answer(send, 204, b"")
+        elif path not in OPEN_PATHS and not check_api_key(
+            headers.get(b"x-api-key"), self._settings.api_key_sha256
+        ):
+            await _answer(send, 403, errors.body(403, "x-api-key is missing or wrong"))
+        elif path not in ALWAYS and not self._gateway.ready:
+            message = "Darkroom is starting; try again"
+            await _answer(send, 503, errors.body(503, message), [(b"retry-after", b"2")])
+        else:
+            await self._app(scope, receive, send)
+
+    @property
+    def _cors_origin(self) -> str:
+        return "*" if self._settings.esd_compat else self._settings.cors_origin
+
+    def _with_headers(self, send: Any, correlation_id: str) -> Any:
+        more = {"x-correlation-id": correlation_id, "x-content-type-options": "nosniff"}
+        if self._settings.esd_compat:
+            more |= compat.HEADERS
+        else:
+            more["x-api-version"] = compat.API_VERSION
+            if self._cors_origin:
+                more |= {
+                    **compat.HEADERS,
+                    "Access-Control-Allow-Origin": self._cors_origin,
+                }
+        extra = [(name.lower().encode(), value.encode("latin-1")) for name, value in more.items()]
+
+        async def with_headers(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message.get("headers", []), *extra]}
+            await send(message)
+
+        return with_headers
+
+
+async def _answer(
+    send: Any, status: int, body: bytes, headers: list[tuple[bytes, bytes]] | None = None
+) -> None:
+    start = [(b"content-type", b"application/json"), *(headers or [])]
+    await send({"type": "http.response.start", "status": status, "headers": start})
+    await send({"type": "http.response.body", "body": body})
+
+
+def make_asgi(settings: Settings, object_settings: ObjectSettings) -> Asgi:
+    gateway = Gateway(settings, object_settings)
+    return Gate(_make_app(gateway), gateway)
+
+
+def run(settings: Settings, object_settings: ObjectSettings) -> None:
+    logs.configure("gateway", settings.log_level)
+    uvicorn.run(
+        make_asgi(settings, object_settings),
+        host=settings.http_host,
+        port=settings.http_port,
+        loop="uvloop",
+        http="httptools",
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=3,  # open event streams would hold it for ever
+    )

@@ -1,0 +1,311 @@
+"""Follows the log of events and keeps what reads need: a table of aggregates, and in memory what
+every request needs (users, roles, credentials, tokens).
+
+Applying is idempotent: a state replaces another only with a higher version. So two replicas may
+apply the same event, and a gap is closed by asking the owners for their state again (`resync`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import defaultdict
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import asyncpg
+import msgspec
+from nats.aio.msg import Msg
+from nats.js import JetStreamContext
+from nats.js.api import ConsumerConfig, DeliverPolicy
+
+from shared.contracts import envelope as cloud
+from shared.contracts.endpoints import Endpoint
+from shared.contracts.envelope import Envelope, Message, Rejected, State
+from shared.contracts.identity import Credential, Role, Token, User
+from shared.contracts.inference import Job
+from shared.contracts.models import Checkpoint
+from shared.contracts.registry import TYPES, payload
+from shared.contracts.subjects import EVENTS, aggregate_of
+from shared.logs import get_logger
+
+log = get_logger(__name__)
+
+BATCH = 256
+KINDS: dict[str, type[State]] = {
+    "role": Role,
+    "user": User,
+    "credential": Credential,
+    "token": Token,
+    "checkpoint": Checkpoint,
+    "endpoint": Endpoint,
+    "job": Job,
+}
+
+
+class Event(msgspec.Struct, frozen=True):
+    """One applied message. `seq` is its place in the stream, and the id of its SSE frame."""
+
+    seq: int
+    envelope: Envelope
+    message: Message
+
+    @property
+    def state(self) -> State | None:
+        return self.message if isinstance(self.message, State) else None
+
+
+class Directory:
+    """Who may come in: small, asked on every request, so kept in memory."""
+
+    def __init__(self) -> None:
+        self.roles: dict[str, Role] = {}
+        self.users: dict[str, User] = {}
+        self.credentials: dict[str, Credential] = {}
+        self.tokens: dict[str, Token] = {}
+        self.tokens_by_hash: dict[str, Token] = {}
+        self._versions: dict[tuple[str, str], int] = {}
+
+    def apply(self, state: State) -> None:
+        kind, id_ = aggregate_of(state)
+        if self._versions.get((kind, id_), 0) >= state.version:
+            return
+        self._versions[kind, id_] = state.version
+        match state:
+            case Role():
+                _put(self.roles, id_, state)
+            case User():
+                _put(self.users, id_, state)
+            case Credential():
+                _put(self.credentials, id_, state)
+            case Token():
+                _put(self.tokens, id_, state)
+                _put(self.tokens_by_hash, state.token_hash, state)
+
+
+def _put(table: dict[str, Any], key: str, state: State) -> None:
+    if state.deleted:
+        table.pop(key, None)
+    else:
+        table[key] = state
+
+
+Listener = Callable[[list[Event]], None]
+
+
+class Projector:
+    """One per process. `listeners` hear of events once they are applied, in order."""
+
+    def __init__(
+        self,
+        pool: asyncpg.Pool[Any],
+        js: JetStreamContext,
+        directory: Directory,
+        resync: Callable[[], Awaitable[None]],
+    ) -> None:
+        self._pool = pool
+        self._js = js
+        self._directory = directory
+        self._resync = resync
+        self._queue: asyncio.Queue[Msg] = asyncio.Queue(maxsize=4096)
+        self._subscription: Any = None
+        self.listeners: list[Listener] = []
+        self.seq = 0
+        self.healthy = False
+        self._waiting: dict[str, list[asyncio.Future[Job]]] = defaultdict(list)
+        self.listeners.append(self._wake_job_waiters)
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        await self._load()
+        apply = asyncio.create_task(self._apply_for_ever())
+        try:
+            await self._follow()
+        finally:
+            apply.cancel()
+
+    async def _load(self) -> None:
+        self.seq = await self._pool.fetchval(
+            "SELECT coalesce((SELECT seq FROM position WHERE stream = $1), 0)", EVENTS
+        )
+        rows = await self._pool.fetch(
+            """
+            SELECT kind, state::text AS state FROM aggregates
+            WHERE kind IN ('role', 'user', 'credential', 'token')
+            """
+        )
+        for row in rows:
+            self._directory.apply(msgspec.json.decode(row["state"], type=KINDS[row["kind"]]))
+
+    async def _follow(self) -> None:
+        """Keeps one ordered consumer going, and starts another when it has fallen silent."""
+        stuck_at: int | None = None
+        while True:
+            try:
+                info = await self._js.stream_info(EVENTS)
+                last, first = info.state.last_seq, info.state.first_seq
+                if self._subscription is None:
+                    if last < self.seq or first > self.seq + 1:
+                        log.warning("resync", seq=self.seq, first=first, last=last)
+                        self.seq = 0 if last < self.seq else first - 1
+                        await self._forget_position()
+                        await self._resync()
+                    await self._subscribe()
+                elif last > self.seq and stuck_at == self.seq and self._queue.empty():
+                    log.warning("consumer_silent", seq=self.seq, last=last)
+                    await self._unsubscribe()
+                    continue
+                stuck_at = self.seq if last > self.seq else None
+                self.healthy = True
+                await asyncio.sleep(2)
+            except Exception as error:
+                self.healthy = False
+                log.warning("waiting_for_events", error=repr(error))
+                await asyncio.sleep(0.5)
+
+    async def _subscribe(self) -> None:
+        self._subscription = await self._js.subscribe(
+            "evt.>",
+            stream=EVENTS,
+            ordered_consumer=True,
+            cb=self._queue.put,
+            config=ConsumerConfig(
+                deliver_policy=DeliverPolicy.BY_START_SEQUENCE, opt_start_seq=self.seq + 1
+            ),
+        )
+
+    async def _unsubscribe(self) -> None:
+        subscription, self._subscription = self._subscription, None
+        with contextlib.suppress(Exception):
+            await subscription.unsubscribe()
+
+    async def _apply_for_ever(self) -> None:
+        while True:
+            messages = [await self._queue.get()]
+            while len(messages) < BATCH and not self._queue.empty():
+                messages.append(self._queue.get_nowait())
+            events = [event for event in map(read, messages) if event]
+            last = max(m.metadata.sequence.stream for m in messages)
+            while True:
+                try:
+                    await self._apply(events, last)
+                    break
+                except Exception as error:
+                    self.healthy = False
+                    log.warning("projection_postponed", error=repr(error))
+                    await asyncio.sleep(0.5)
+            for event in events:
+                if event.state:
+                    self._directory.apply(event.state)
+            self.seq = max(self.seq, last)
+            for listener in self.listeners:
+                listener(events)
+
+    async def _apply(self, events: list[Event], last: int) -> None:
+        newest: dict[tuple[str, str], State] = {}
+        for event in events:
+            if event.state:
+                key = aggregate_of(event.state)
+                if key not in newest or newest[key].version < event.state.version:
+                    newest[key] = event.state
+        answers = [event for event in events if event.envelope.answers]
+        async with self._pool.acquire() as connection, connection.transaction():
+            # Whatever is lost here with the power is applied again from the stream.
+            await connection.execute("SET LOCAL synchronous_commit = off")
+            if newest:
+                await connection.execute(
+                    """
+                    INSERT INTO aggregates (kind, id, version, deleted, state)
+                    SELECT kind, id, version, deleted, state::jsonb
+                    FROM unnest($1::text[], $2::text[], $3::int[], $4::bool[], $5::text[])
+                        AS new (kind, id, version, deleted, state)
+                    ORDER BY kind, id
+                    ON CONFLICT (kind, id) DO UPDATE SET
+                        version = excluded.version, deleted = excluded.deleted,
+                        state = excluded.state
+                    WHERE aggregates.version < excluded.version
+                    """,
+                    [kind for kind, _ in newest],
+                    [id_ for _, id_ in newest],
+                    [state.version for state in newest.values()],
+                    [state.deleted for state in newest.values()],
+                    [msgspec.json.encode(state).decode() for state in newest.values()],
+                )
+            if answers:
+                await connection.execute(
+                    """
+                    UPDATE idempotency_keys SET answer = new.answer::jsonb
+                    FROM unnest($1::text[], $2::text[]) AS new (command_id, answer)
+                    WHERE idempotency_keys.command_id = new.command_id
+                    """,
+                    [event.envelope.answers for event in answers],
+                    [msgspec.json.encode(outcome_of(event)).decode() for event in answers],
+                )
+            await connection.execute(
+                """
+                INSERT INTO position (stream, seq) VALUES ($1, $2)
+                ON CONFLICT (stream) DO UPDATE SET seq = greatest(position.seq, excluded.seq)
+                """,
+                EVENTS,
+                last,
+            )
+
+    async def _forget_position(self) -> None:
+        await self._pool.execute("DELETE FROM position WHERE stream = $1", EVENTS)
+
+    def _wake_job_waiters(self, events: list[Event]) -> None:
+        for event in events:
+            job = event.message
+            if isinstance(job, Job) and (job.deleted or job.status in FINISHED):
+                for future in self._waiting.pop(job.job_id, []):
+                    if not future.done():
+                        future.set_result(job)
+
+    def expect_job(self, job_id: str) -> asyncio.Future[Job]:
+        """Done when the job has ended. Ask for it before looking at the table."""
+        future: asyncio.Future[Job] = asyncio.get_running_loop().create_future()
+        self._waiting[job_id].append(future)
+        future.add_done_callback(lambda _: self._forget_waiter(job_id, future))
+        return future
+
+    def _forget_waiter(self, job_id: str, future: asyncio.Future[Job]) -> None:
+        waiting = self._waiting.get(job_id, [])
+        if future in waiting:
+            waiting.remove(future)
+        if not waiting:
+            self._waiting.pop(job_id, None)
+
+    async def wait_for(self, ended: asyncio.Future[Job], seconds: float) -> Job | None:
+        """The finished job, or None if it takes longer."""
+        try:
+            return await asyncio.wait_for(ended, seconds)
+        except TimeoutError:
+            return None
+
+
+FINISHED = ("succeed", "failed")
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """How a command ended; `code` only for a rejection."""
+
+    code: str = ""
+    message: str = ""
+
+
+def outcome_of(event: Event) -> Outcome:
+    if isinstance(event.message, Rejected):
+        return Outcome(event.message.code, event.message.message)
+    return Outcome()
+
+
+def read(message: Msg) -> Event | None:
+    """What an unknown or broken message says is nothing to a projection: logged and passed over."""
+    try:
+        envelope = cloud.decode(message.data)
+        if envelope.type not in TYPES:
+            return None
+        return Event(message.metadata.sequence.stream, envelope, payload(envelope))
+    except msgspec.MsgspecError as error:
+        log.error("unreadable_event", subject=message.subject, error=str(error))
+        return None

@@ -1,0 +1,234 @@
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from litestar import Request, Response, delete, get, post, put
+from litestar.openapi.datastructures import ResponseSpec
+
+from services.gateway import compat
+from services.gateway.auth import EVERYONE, Person
+from services.gateway.errors import ApiError
+from services.gateway.routes.answers import READ, WRITE, WRITE_ONE
+from services.gateway.schemas import (
+    Answer,
+    Checkpoints,
+    CheckpointType,
+    CreateCheckpointBody,
+    DeleteCheckpointsBody,
+    NewCheckpoint,
+    OneCheckpoint,
+    UpdateCheckpointBody,
+    UpdatedCheckpoint,
+)
+from services.gateway.state import Gateway, check_page
+from services.gateway.views import checkpoint_item, checkpoint_view
+from shared.contracts.envelope import Command
+from shared.contracts.models import (
+    Checkpoint,
+    CompleteCheckpoint,
+    CreateCheckpoint,
+    DeleteCheckpoints,
+    PartTag,
+    RenameCheckpoint,
+    SetCheckpointStatus,
+    UploadFile,
+)
+
+IN_PROGRESS = "Checkpoint creation in progress, please check later"
+
+
+@get("/checkpoints", operation_id="ListCheckpoints", tags=["Checkpoints"], responses=READ)
+async def list_checkpoints(
+    request: Request[Any, Any, Any],
+    gateway: Gateway,
+    page: int = 1,
+    per_page: int = 10,
+    username: str | None = None,
+    types: list[CheckpointType] | None = None,
+    status: list[str] | None = None,
+    roles: list[str] | None = None,
+) -> Answer[Checkpoints]:
+    """The checkpoints that you may use, newest first."""
+    check_page(page, per_page)
+    person = gateway.authorize(request, "checkpoint:list")
+    if username is not None and username not in gateway.directory.users:
+        raise ApiError(404, f'user: "{username}" not exist')
+    checkpoints, total = await gateway.views.list_checkpoints(
+        person,
+        page=page,
+        per_page=per_page,
+        username=username,
+        types=list(types) if types else None,
+        status=status,
+        roles=roles,
+    )
+    return Answer(
+        200,
+        Checkpoints(
+            page=page,
+            per_page=per_page,
+            pages=-(-total // per_page),
+            total=total,
+            checkpoints=[checkpoint_item(checkpoint) for checkpoint in checkpoints],
+        ),
+    )
+
+
+@post(
+    "/checkpoints",
+    operation_id="CreateCheckpoint",
+    tags=["Checkpoints"],
+    responses={
+        **WRITE,
+        202: ResponseSpec(Answer[OneCheckpoint], description="Being downloaded from its URLs"),
+    },
+)
+async def create_checkpoint(
+    request: Request[Any, Any, Any], gateway: Gateway, data: CreateCheckpointBody
+) -> Response[Answer[NewCheckpoint]]:
+    """With `filenames`: 201 and the presigned URLs to PUT the parts to; then PUT the ETags.
+    With `urls`: 202, and Darkroom downloads them; follow its events or GET /checkpoints."""
+    if bool(data.filenames) == bool(data.urls):
+        raise ApiError(400, "give either filenames (to upload) or urls (to download from)")
+    names = [file.filename for file in data.filenames]
+    if len(set(names)) != len(names):
+        raise ApiError(400, "filenames: each filename may appear once")
+    message = data.params.get("message", "")
+    if not isinstance(message, str):
+        raise ApiError(400, "params.message: expected a string")
+    compat.claim(request, _text(data.params.get("creator")))
+    person = gateway.authorize(request, "checkpoint:create")
+    ticket = await gateway.ticket(request, person)
+    more = {k: v for k, v in data.params.items() if k not in ("message", "creator", "created")}
+    command = CreateCheckpoint(
+        checkpoint_id=ticket.new_id(),
+        checkpoint_type=data.checkpoint_type,
+        creator=person.username,
+        filenames=[
+            UploadFile(filename=file.filename, parts_number=file.parts_number)
+            for file in data.filenames
+        ],
+        urls=data.urls,
+        message=message,
+        params={name: msgspec.Raw(msgspec.json.encode(value)) for name, value in more.items()},
+        allowed_roles_or_users=data.allowed_roles_or_users or [EVERYONE],
+    )
+    await gateway.dispatcher.send(command, ticket)
+    checkpoint = await _get(gateway, command.checkpoint_id)
+    if data.urls:
+        answer: Any = Answer(
+            202, OneCheckpoint(checkpoint=checkpoint_view(checkpoint)), IN_PROGRESS
+        )
+        return Response(answer, status_code=202)
+    urls = await _presign_parts(gateway, checkpoint)
+    new = NewCheckpoint(checkpoint=checkpoint_view(checkpoint), s3PresignUrl=urls)
+    return Response(Answer(201, new, "Created"), status_code=201)
+
+
+async def _presign_parts(gateway: Gateway, checkpoint: Checkpoint) -> dict[str, list[str]]:
+    return {
+        filename: [
+            await gateway.objects.client.generate_presigned_url(
+                "upload_part",
+                Params={
+                    "Bucket": upload.bucket,
+                    "Key": upload.key,
+                    "UploadId": upload.upload_id,
+                    "PartNumber": number,
+                },
+                ExpiresIn=gateway.settings.upload_presign_seconds,
+            )
+            for number in range(1, upload.parts_number + 1)
+        ]
+        for filename, upload in checkpoint.multipart_upload.items()
+    }
+
+
+@put(
+    "/checkpoints/{id:str}",
+    operation_id="UpdateCheckpoint",
+    tags=["Checkpoints"],
+    responses={
+        **WRITE_ONE,
+        202: ResponseSpec(UpdatedCheckpoint, description="Renamed"),
+    },
+)
+async def update_checkpoint(
+    request: Request[Any, Any, Any], gateway: Gateway, data: UpdateCheckpointBody, id: str
+) -> Response[UpdatedCheckpoint]:
+    """Completes an upload with the ETags of its parts, switches a checkpoint on or off, or
+    renames it."""
+    command = _update_command(id, data)
+    existing = await gateway.views.find_checkpoint(id)
+    compat.claim(request, existing.creator if existing else None)
+    person = gateway.authorize(request, "checkpoint:create")
+    _check_owner(person, existing)
+    ticket = await gateway.ticket(request, person)
+    await gateway.dispatcher.send(command, ticket)
+    view = checkpoint_view(await _get(gateway, id))
+    status = 202 if isinstance(command, RenameCheckpoint) else 200
+    updated = UpdatedCheckpoint(
+        statusCode=status,
+        headers={
+            "Access-Control-Allow-Headers": "Content-Type",
+            "Access-Control-Allow-Origin": "*",
+            "Access-Control-Allow-Methods": "OPTIONS,POST,GET",
+        },
+        checkpoint=view,
+        data=OneCheckpoint(checkpoint=view),
+    )
+    return Response(updated, status_code=status)
+
+
+def _update_command(checkpoint_id: str, data: UpdateCheckpointBody) -> Command:
+    if data.name is not None:
+        if data.status or data.multi_parts_tags:
+            raise ApiError(400, "name can't be changed together with anything else")
+        return RenameCheckpoint(checkpoint_id=checkpoint_id, name=data.name)
+    if data.status is None:
+        raise ApiError(400, 'object has missing required properties (["status"])')
+    if data.multi_parts_tags:
+        if data.status != "Active":
+            raise ApiError(400, "multi_parts_tags go with status Active")
+        tags = {
+            filename: [PartTag(ETag=part.ETag, PartNumber=part.PartNumber) for part in parts]
+            for filename, parts in data.multi_parts_tags.items()
+        }
+        return CompleteCheckpoint(checkpoint_id=checkpoint_id, multi_parts_tags=tags)
+    return SetCheckpointStatus(checkpoint_id=checkpoint_id, status=data.status)
+
+
+@delete("/checkpoints", operation_id="DeleteCheckpoints", tags=["Checkpoints"], responses=WRITE)
+async def delete_checkpoints(
+    request: Request[Any, Any, Any], gateway: Gateway, data: DeleteCheckpointsBody
+) -> None:
+    """Deletes checkpoints and their files. What does not exist is passed over."""
+    found = [await gateway.views.find_checkpoint(id_) for id_ in data.checkpoint_id_list]
+    compat.claim(request, next((c.creator for c in found if c), None))
+    person = gateway.authorize(request, "checkpoint:all")
+    for checkpoint in found:
+        if checkpoint:
+            _check_owner(person, checkpoint)
+    command = DeleteCheckpoints(checkpoint_ids=data.checkpoint_id_list)
+    await gateway.dispatcher.send(command, await gateway.ticket(request, person))
+
+
+def _check_owner(person: Person, checkpoint: Checkpoint | None) -> None:
+    """What is not there is left to the owner service, which says so."""
+    if checkpoint and not person.owns(checkpoint.creator):
+        raise ApiError(403, f"checkpoint {checkpoint.checkpoint_id} belongs to somebody else")
+
+
+async def _get(gateway: Gateway, checkpoint_id: str) -> Checkpoint:
+    checkpoint = await gateway.views.find_checkpoint(checkpoint_id)
+    if checkpoint is None:
+        raise ApiError(404, f"checkpoint with id {checkpoint_id} not found")
+    return checkpoint
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+ROUTES = [list_checkpoints, create_checkpoint, update_checkpoint, delete_checkpoints]

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+from typing import Any
+
+from litestar import Request, Response, delete, get, post
+from litestar.openapi.datastructures import ResponseSpec
+
+from services.gateway import compat
+from services.gateway.errors import ApiError
+from services.gateway.routes.answers import READ, WRITE
+from services.gateway.schemas import (
+    Answer,
+    CreateEndpointBody,
+    DeleteEndpointsBody,
+    Endpoints,
+    EndpointView,
+    count,
+)
+from services.gateway.state import Gateway
+from services.gateway.views import endpoint_view
+from shared.contracts.endpoints import CreateEndpoint, DeleteEndpoints
+
+
+@get("/endpoints", operation_id="ListEndpoints", tags=["Endpoints"], responses=READ)
+async def list_endpoints(
+    request: Request[Any, Any, Any], gateway: Gateway, username: str | None = None
+) -> Answer[Endpoints]:
+    """The endpoints that your roles may use, oldest first."""
+    compat.claim(request, username)
+    person = gateway.authorize(request, "sagemaker_endpoint:list")
+    endpoints = [e for e in await gateway.views.list_endpoints() if person.may_use_endpoint(e)]
+    return Answer(200, Endpoints(endpoints=[endpoint_view(endpoint) for endpoint in endpoints]))
+
+
+@post(
+    "/endpoints",
+    operation_id="CreateEndpoint",
+    tags=["Endpoints"],
+    status_code=200,
+    responses=WRITE,
+)
+async def create_endpoint(
+    request: Request[Any, Any, Any], gateway: Gateway, data: CreateEndpointBody
+) -> Answer[EndpointView]:
+    """Deploys a pool of workers. It takes jobs once GET /endpoints shows it `InService`."""
+    person = gateway.authorize(request, "sagemaker_endpoint:create")
+    instances = count(data.initial_instance_count)
+    if instances < 1:
+        raise ApiError(400, "initial_instance_count: at least 1")
+    for role in data.assign_to_roles:
+        if role not in gateway.directory.roles:
+            raise ApiError(400, f'user roles "{role}" not exist')
+    ticket = await gateway.ticket(request, person)
+    endpoint_id = ticket.new_id()
+    name = _full_name(gateway, data.endpoint_type, data.endpoint_name or endpoint_id[:8])
+    command = CreateEndpoint(
+        endpoint_id=endpoint_id,
+        endpoint_name=name,
+        endpoint_type=data.endpoint_type,
+        instance_type=data.instance_type,
+        initial_instance_count=instances,
+        autoscaling=data.autoscaling_enabled,
+        roles=list(dict.fromkeys(data.assign_to_roles)),
+        creator=person.username,
+    )
+    await gateway.dispatcher.send(command, ticket)
+    endpoint = await gateway.views.find_endpoint(endpoint_id)
+    if endpoint is None:
+        raise ApiError(404, f'endpoint "{name}" not found')
+    return Answer(200, endpoint_view(endpoint), f"Endpoint deployment started: {name}")
+
+
+def _full_name(gateway: Gateway, endpoint_type: str, name: str) -> str:
+    """`esd-real-time-NAME` where a prefix is set; a name that has it already is left alone."""
+    settings = gateway.settings
+    prefix = settings.endpoint_prefix or (compat.ENDPOINT_PREFIX if settings.esd_compat else "")
+    full = f"{prefix}-{endpoint_type.lower()}-"
+    return name if not prefix or name.startswith(full) else full + name
+
+
+@delete(
+    "/endpoints",
+    operation_id="DeleteEndpoints",
+    tags=["Endpoints"],
+    status_code=200,
+    responses={
+        **WRITE,
+        204: ResponseSpec(None, description="For endpoint_name_list (ESD compatibility profile)"),
+    },
+)
+async def delete_endpoints(
+    request: Request[Any, Any, Any], gateway: Gateway, data: DeleteEndpointsBody
+) -> Response[dict[str, str] | None]:
+    """Deletes endpoints and stops their workers. What does not exist is passed over."""
+    names = data.delete_endpoint_list
+    old_form = names is None and gateway.settings.esd_compat
+    if old_form:
+        names = data.endpoint_name_list
+    if names is None:
+        raise ApiError(400, 'object has missing required properties (["delete_endpoint_list"])')
+    compat.claim(request, data.username or None)
+    person = gateway.authorize(request, "sagemaker_endpoint:all")
+    for endpoint in await gateway.views.list_endpoints():
+        if endpoint.endpoint_name in names and not person.may_use_endpoint(endpoint):
+            raise ApiError(403, f'endpoint "{endpoint.endpoint_name}" belongs to other roles')
+    command = DeleteEndpoints(endpoint_names=names)
+    await gateway.dispatcher.send(command, await gateway.ticket(request, person))
+    return Response(None, status_code=204) if old_form else Response({}, status_code=200)
+
+
+ROUTES = [list_endpoints, create_endpoint, delete_endpoints]

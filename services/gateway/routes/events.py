@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from litestar import Request, get
+from litestar.response import Stream
+
+from services.gateway import compat
+from services.gateway.errors import ApiError
+from services.gateway.events import visible_to
+from services.gateway.routes.answers import READ, READ_ONE
+from services.gateway.state import Gateway
+
+
+def _last_event_id(request: Request[Any, Any, Any]) -> int | None:
+    given = request.headers.get("last-event-id", "").strip()
+    if not given:
+        return None
+    if not given.isdigit():
+        raise ApiError(400, "Last-Event-ID: expected the id of an event, a number")
+    return int(given)
+
+
+def _stream(frames: AsyncIterator[bytes]) -> Stream:
+    return Stream(
+        frames,
+        media_type="text/event-stream",
+        headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
+    )
+
+
+@get("/events", operation_id="FollowEvents", tags=["Events"], responses=READ)
+async def follow_events(request: Request[Any, Any, Any], gateway: Gateway) -> Stream:
+    """Server-Sent Events of all that you may see, from now on, or from `Last-Event-ID` on.
+
+    `event` is the message type (`inference.job_succeeded.v1`), `data` a CloudEvents envelope whose
+    `data` is the full state. `event: progress` tells the steps of running jobs."""
+    person = gateway.authorize(request, None)
+    after = _last_event_id(request)
+    return _stream(gateway.hub.stream(visible_to(person), job_id=None, after=after))
+
+
+@get(
+    "/inferences/{id:str}/events",
+    operation_id="FollowInferenceJob",
+    tags=["Events"],
+    responses=READ_ONE,
+)
+async def follow_inference(request: Request[Any, Any, Any], gateway: Gateway, id: str) -> Stream:
+    """Server-Sent Events of one job, from its beginning or from `Last-Event-ID` on, with its
+    progress; ends when the job has ended."""
+    job = await gateway.views.find_job(id)
+    compat.claim(request, job.owner if job else None)
+    person = gateway.authorize(request, "inference:list")
+    if job is None:
+        raise ApiError(404, f"inference with id {id} not found")
+    if not person.may_see_job(job):
+        raise ApiError(403, f"inference {id} belongs to somebody else")
+    after = _last_event_id(request)
+    return _stream(gateway.hub.stream(visible_to(person), job_id=id, after=after))
+
+
+ROUTES = [follow_events, follow_inference]

@@ -1,0 +1,287 @@
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from litestar import Request, Response, delete, get, post, put
+from litestar.openapi.datastructures import ResponseSpec
+
+from services.gateway import compat
+from services.gateway.auth import Person
+from services.gateway.dispatch import Ticket
+from services.gateway.errors import ApiError
+from services.gateway.projections import FINISHED
+from services.gateway.routes.answers import READ, READ_ONE, WRITE_ONE
+from services.gateway.schemas import (
+    Answer,
+    CreatedInference,
+    CreateInferenceBody,
+    DeleteInferencesBody,
+    Inferences,
+    InferenceType,
+    InferenceView,
+    NewInference,
+    StartedInference,
+    StartedInferenceView,
+    TaskType,
+)
+from services.gateway.state import Gateway, check_page
+from services.gateway.views import job_view, models_view, output_path
+from shared.contracts.inference import CreateJob, DeleteJobs, Job, StartJob, UsedModel
+from shared.contracts.models import Checkpoint
+from shared.objects import params_key
+
+NOT_CHECKPOINTS = {"VAE": ("Automatic", "None")}
+"""Names that stand for a choice, not for a file."""
+
+Status = Literal["created", "inprogress", "succeed", "failed"]
+
+
+@get("/inferences", operation_id="ListInferenceJobs", tags=["Inferences"], responses=READ)
+async def list_inferences(
+    request: Request[Any, Any, Any],
+    gateway: Gateway,
+    page: int = 1,
+    per_page: int = 10,
+    username: str | None = None,
+    status: list[Status] | None = None,
+    task_type: list[TaskType] | None = None,
+    inference_type: InferenceType | None = None,
+    endpoint_name: str | None = None,
+) -> Answer[Inferences]:
+    """Your jobs, newest first; whoever manages users sees everybody's."""
+    check_page(page, per_page)
+    compat.claim(request, username)
+    person = gateway.authorize(request, "inference:list")
+    if username is not None and not person.owns(username):
+        raise ApiError(403, f'the jobs of "{username}" are not yours to list')
+    jobs, total = await gateway.views.list_jobs(
+        page=page,
+        per_page=per_page,
+        owner=username or (None if person.is_administrator else person.username),
+        status=list(status) if status else None,
+        task_type=list(task_type) if task_type else None,
+        inference_type=inference_type,
+        endpoint_name=endpoint_name,
+    )
+    return Answer(
+        200,
+        Inferences(
+            page=page,
+            per_page=per_page,
+            pages=-(-total // per_page),
+            total=total,
+            inferences=[await _view(gateway, job) for job in jobs],
+        ),
+    )
+
+
+@post(
+    "/inferences",
+    operation_id="CreateInferenceJob",
+    tags=["Inferences"],
+    responses={
+        **WRITE_ONE,
+        200: ResponseSpec(Answer[InferenceView], description="payload_string: the finished job"),
+        202: ResponseSpec(Answer[StartedInference], description="payload_string: started"),
+    },
+)
+async def create_inference(
+    request: Request[Any, Any, Any], gateway: Gateway, data: CreateInferenceBody
+) -> Response[Answer[CreatedInference]]:
+    """Creates a job. PUT its params to `api_params_s3_upload_url`, then start it."""
+    compat.claim(request, data.user_id or None)
+    person = gateway.authorize(request, "inference:create")
+    if data.user_id and data.user_id != person.username and not gateway.settings.esd_compat:
+        raise ApiError(403, f'user_id: you are "{person.username}", not "{data.user_id}"')
+    if data.payload_string is not None and not gateway.settings.esd_compat:
+        raise ApiError(
+            400, "payload_string: PUT the params to api_params_s3_upload_url, then start the job"
+        )
+    if data.task_type != "rembg" and not data.models.get("Stable-diffusion"):
+        raise ApiError(400, f'models: {data.task_type} needs {{"Stable-diffusion": ["NAME"]}}')
+    models, checkpoints = await _resolve(gateway, person, data.models)
+    ticket = await gateway.ticket(request, person)
+    job_id = ticket.new_id()
+    command = CreateJob(
+        job_id=job_id,
+        owner=person.username,
+        inference_type=data.inference_type,
+        task_type=data.task_type,
+        models=models,
+        checkpoints=checkpoints,
+        params_key=params_key(data.task_type, job_id),
+        bucket=gateway.objects.settings.s3_jobs_bucket,
+    )
+    await gateway.dispatcher.send(command, ticket)
+    if data.payload_string is not None:
+        return await _start_inline(gateway, person, ticket, command, data.payload_string)
+    upload_url = await gateway.objects.client.generate_presigned_url(
+        "put_object",
+        Params={"Bucket": command.bucket, "Key": command.params_key},
+        ExpiresIn=gateway.settings.upload_presign_seconds,
+    )
+    inference = NewInference(
+        id=job_id,
+        type=data.task_type,
+        api_params_s3_location=f"s3://{command.bucket}/{command.params_key}",
+        api_params_s3_upload_url=upload_url,
+        models=models_view(models),
+    )
+    return Response(Answer(201, CreatedInference(inference=inference), "Created"), status_code=201)
+
+
+async def _resolve(
+    gateway: Gateway, person: Person, names: dict[str, list[str]]
+) -> tuple[list[UsedModel], list[Checkpoint]]:
+    """Names to checkpoints that the person may use. Raises ApiError 404 for one that is not."""
+    models, checkpoints = [], []
+    for type_, wanted in names.items():
+        for name in wanted:
+            if name in NOT_CHECKPOINTS.get(type_, ()):
+                models.append(UsedModel(type=type_, name=name))
+                continue
+            checkpoint = await gateway.views.find_checkpoint_by_name(type_, name, person)
+            if checkpoint is None:
+                raise ApiError(404, f"checkpoint with name {name}, type {type_} is not found")
+            file = checkpoint.files[checkpoint.names.index(name)]
+            models.append(
+                UsedModel(
+                    type=type_,
+                    name=name,
+                    checkpoint_id=checkpoint.checkpoint_id,
+                    bucket=checkpoint.bucket,
+                    key=file.key,
+                    size=file.size,
+                )
+            )
+            checkpoints.append(checkpoint)
+    return models, checkpoints
+
+
+async def _start_inline(
+    gateway: Gateway, person: Person, ticket: Ticket, command: CreateJob, params: str
+) -> Response[Any]:
+    """ESD profile: the params came with the request."""
+    await gateway.objects.client.put_object(
+        Bucket=command.bucket, Key=command.params_key, Body=params.encode()
+    )
+    job = await _get(gateway, command.job_id)
+    return await _start(gateway, person, job, ticket)
+
+
+@put(
+    "/inferences/{id:str}/start",
+    operation_id="StartInferences",
+    tags=["Inferences"],
+    responses={
+        **WRITE_ONE,
+        202: ResponseSpec(Answer[StartedInference], description="Started; it is still running"),
+    },
+)
+async def start_inference(
+    request: Request[Any, Any, Any], gateway: Gateway, id: str
+) -> Response[Answer[InferenceView]]:
+    """Starts a job whose params are uploaded. Async: 202. Real-time: 200 with the finished job,
+    or 202 when it takes longer than the gateway waits."""
+    job = await gateway.views.find_job(id)
+    compat.claim(request, job.owner if job else None)
+    person = gateway.authorize(request, "inference:create")
+    if job is None:
+        raise _not_found(id)
+    _check_owner(person, job)
+    return await _start(gateway, person, job, await gateway.ticket(request, person))
+
+
+async def _start(gateway: Gateway, person: Person, job: Job, ticket: Ticket) -> Response[Any]:
+    endpoints = [
+        endpoint
+        for endpoint in await gateway.views.list_endpoints()
+        if endpoint.endpoint_type == job.inference_type
+        and endpoint.endpoint_status == "InService"
+        and person.may_use_endpoint(endpoint)
+    ]
+    command = StartJob(job_id=job.job_id, username=person.username, endpoints=endpoints)
+    await gateway.dispatcher.send(command, ticket, step="start")
+    started = await _get(gateway, job.job_id)
+    if job.inference_type == "Real-time":
+        finished = await _wait(gateway, job.job_id)
+        if finished:
+            return Response(Answer(200, await _view(gateway, finished)), status_code=200)
+    inference = StartedInferenceView(
+        inference_id=started.job_id,
+        status=started.status,
+        endpoint_name=started.endpoint_name,
+        output_path=output_path(started),
+    )
+    answer = Answer(202, StartedInference(inference=inference), "Accepted")
+    return Response(answer, status_code=202)
+
+
+async def _wait(gateway: Gateway, job_id: str) -> Job | None:
+    """The finished job. Asks the table after it has begun to listen, so that no end is missed."""
+    ended = gateway.projector.expect_job(job_id)
+    job = await gateway.views.find_job(job_id)
+    if job and job.status in FINISHED:
+        ended.cancel()
+        return job
+    return await gateway.projector.wait_for(ended, gateway.settings.realtime_timeout)
+
+
+@get(
+    "/inferences/{id:str}", operation_id="GetInferenceJob", tags=["Inferences"], responses=READ_ONE
+)
+async def get_inference(
+    request: Request[Any, Any, Any], gateway: Gateway, id: str
+) -> Answer[InferenceView]:
+    """One job, with presigned URLs of its images once it has succeeded."""
+    job = await gateway.views.find_job(id)
+    compat.claim(request, job.owner if job else None)
+    person = gateway.authorize(request, "inference:list")
+    if job is None:
+        raise _not_found(id)
+    _check_owner(person, job)
+    return Answer(200, await _view(gateway, job))
+
+
+@delete("/inferences", operation_id="DeleteInferenceJobs", tags=["Inferences"], responses=READ)
+async def delete_inferences(
+    request: Request[Any, Any, Any], gateway: Gateway, data: DeleteInferencesBody
+) -> None:
+    """Deletes jobs with their images. What does not exist is passed over."""
+    found = [await gateway.views.find_job(id_) for id_ in data.inference_id_list]
+    compat.claim(request, next((job.owner for job in found if job), None))
+    person = gateway.authorize(request, "inference:create")
+    for job in found:
+        if job:
+            _check_owner(person, job)
+    command = DeleteJobs(job_ids=data.inference_id_list)
+    await gateway.dispatcher.send(command, await gateway.ticket(request, person))
+
+
+async def _get(gateway: Gateway, job_id: str) -> Job:
+    job = await gateway.views.find_job(job_id)
+    if job is None:
+        raise _not_found(job_id)
+    return job
+
+
+async def _view(gateway: Gateway, job: Job) -> InferenceView:
+    return await job_view(job, gateway.objects, gateway.settings.presign_seconds)
+
+
+def _not_found(job_id: str) -> ApiError:
+    return ApiError(404, f"inference with id {job_id} not found")
+
+
+def _check_owner(person: Person, job: Job) -> None:
+    if not person.may_see_job(job):
+        raise ApiError(403, f"inference {job.job_id} belongs to somebody else")
+
+
+ROUTES = [
+    list_inferences,
+    create_inference,
+    start_inference,
+    get_inference,
+    delete_inferences,
+]

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+from typing import Any
+
+from litestar import MediaType, Response, get
+
+from services.gateway.routes.answers import errors
+from services.gateway.schemas import Message
+from services.gateway.state import Gateway
+from shared.health import run_checks
+
+
+@get("/ping", operation_id="Ping", tags=["Ping"], responses=errors())
+async def ping() -> Message:
+    """Whether this client can connect and its API key is right."""
+    return Message(200, "pong")
+
+
+@get("/healthz", include_in_schema=False, media_type=MediaType.JSON)
+async def healthz() -> dict[str, str]:
+    return {"status": "alive"}
+
+
+@get("/readyz", include_in_schema=False, media_type=MediaType.JSON)
+async def readyz(gateway: Gateway) -> Response[dict[str, Any]]:
+    async def started() -> None:
+        if not gateway.ready or not gateway.projector.healthy:
+            raise RuntimeError("not following the event log yet")
+
+    checks: dict[str, Any] = {"nats": started}
+    if gateway.ready:
+        checks |= {
+            "postgres": lambda: gateway.pool.fetchval("SELECT 1"),
+            "s3": gateway.objects.check,
+        }
+    results = await run_checks(checks)
+    ready = gateway.ready and all(result == "ok" for result in results.values())
+    return Response({"ready": ready, "checks": results}, status_code=200 if ready else 503)
+
+
+ROUTES = [ping, healthz, readyz]

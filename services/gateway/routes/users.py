@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+from typing import Any
+
+from litestar import Request, delete, get, post
+
+from services.gateway.auth import check_no_escalation, permissions_of_roles, person_of
+from services.gateway.errors import ApiError
+from services.gateway.routes.answers import READ, WRITE
+from services.gateway.schemas import Answer, CreateUserBody, DeleteUsersBody, Message, Users
+from services.gateway.state import Gateway
+from services.gateway.views import user_view
+from shared.contracts.identity import CreateUser, DeleteUsers
+
+
+@get("/users", operation_id="ListUsers", tags=["Users"], responses=READ)
+async def list_users(
+    request: Request[Any, Any, Any], gateway: Gateway, username: str | None = None
+) -> Answer[Users]:
+    """All users, or the one named. Passwords are stored as hashes and never shown."""
+    gateway.authorize(request, "user:list")
+    directory = gateway.directory
+    if username is not None and username not in directory.users:
+        raise ApiError(404, f'user: "{username}" not exist')
+    names = sorted(directory.users) if username is None else [username]
+    people = [(directory.users[name], person_of(directory, name)) for name in names]
+    return Answer(200, Users(users=[user_view(user, who) for user, who in people if who]))
+
+
+@post("/users", operation_id="CreateUser", tags=["Users"], responses=WRITE)
+async def create_user(
+    request: Request[Any, Any, Any], gateway: Gateway, data: CreateUserBody
+) -> Message:
+    """Creates a user. Nobody can give roles with permissions that they do not hold themselves."""
+    compat = gateway.settings.esd_compat
+    if compat and data.initial and not gateway.directory.users:
+        creator = data.creator or data.username
+        ticket = await gateway.ticket(request, None)
+    else:
+        if data.initial:
+            raise ApiError(400, "initial: this deployment already has users; leave it out")
+        person = gateway.authorize(request, "user:create")
+        granted = permissions_of_roles(gateway.directory, data.roles) | set(data.permissions)
+        check_no_escalation(person, granted)
+        old = person_of(gateway.directory, data.username)
+        if old and compat:
+            check_no_escalation(person, set(old.permissions))
+        creator = person.username
+        ticket = await gateway.ticket(request, person)
+    command = CreateUser(
+        username=data.username,
+        password_hash=await gateway.authenticator.hash_password(data.password),
+        roles=data.roles,
+        creator=creator,
+        permissions=data.permissions,
+        replace=compat,
+        initial=data.initial,
+    )
+    await gateway.dispatcher.send(command, ticket)
+    return Message(201, "Created")
+
+
+@delete("/users", operation_id="DeleteUsers", tags=["Users"], responses=WRITE)
+async def delete_users(
+    request: Request[Any, Any, Any], gateway: Gateway, data: DeleteUsersBody
+) -> None:
+    """Deletes users; their tokens end at once. What does not exist is passed over."""
+    person = gateway.authorize(request, "user:all")
+    for name in data.user_name_list:
+        other = person_of(gateway.directory, name)
+        check_no_escalation(person, set(other.permissions) if other else set())
+    command = DeleteUsers(usernames=data.user_name_list)
+    await gateway.dispatcher.send(command, await gateway.ticket(request, person))
+
+
+ROUTES = [list_users, create_user, delete_users]

@@ -1,0 +1,60 @@
+"""What the routes work with: everything that the gateway opened, under one name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import asyncpg
+from litestar import Request
+
+from services.gateway.auth import Authenticator, Person
+from services.gateway.dispatch import Dispatcher, Ticket, make_ticket
+from services.gateway.errors import ApiError, Unavailable
+from services.gateway.events import Hub
+from services.gateway.projections import Directory, Projector
+from services.gateway.settings import Settings
+from services.gateway.views import Views
+from shared.objects import Objects
+from shared.settings import ObjectSettings
+
+
+class Gateway:
+    """Filled while the servers answer; `ready` once all are there."""
+
+    def __init__(self, settings: Settings, object_settings: ObjectSettings) -> None:
+        self.settings = settings
+        self.directory = Directory()
+        self.authenticator = Authenticator(
+            self.directory,
+            settings.token_secret,
+            settings.token_seconds,
+            compat=settings.esd_compat,
+        )
+        self.objects = Objects(object_settings)
+        self.ready = False
+        self.pool: asyncpg.Pool[Any]
+        self.views: Views
+        self.projector: Projector
+        self.dispatcher: Dispatcher
+        self.hub: Hub
+
+    def authorize(self, request: Request[Any, Any, Any], permission: str | None) -> Person:
+        return self.authenticator.authorize(request, permission)
+
+    async def ticket(self, request: Request[Any, Any, Any], person: Person | None) -> Ticket:
+        """For one writing request. Raises 503 while the projection can't follow: an answer would
+        never be seen."""
+        if not self.projector.healthy:
+            raise Unavailable("the event log")
+        return make_ticket(
+            actor=person.username if person else "",
+            correlation_id=request.scope["state"]["correlation_id"],
+            route=f"{request.method} {request.url.path}",
+            key=request.headers.get("idempotency-key"),
+            body=await request.body(),
+        )
+
+
+def check_page(page: int, per_page: int) -> None:
+    if page < 1 or not 1 <= per_page <= 1000:
+        raise ApiError(400, "page starts at 1, per_page goes from 1 to 1000")

@@ -1,0 +1,176 @@
+"""One function per command: load, decide, save, emit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from services.inference.domain import Job, choose_endpoint, locate_models
+from services.inference.store import (
+    CheckpointStore,
+    EndpointStore,
+    JobStore,
+    Leftover,
+    LeftoverStore,
+)
+from shared.contracts import inference
+from shared.errors import Rejected, Retry
+from shared.logs import get_logger
+from shared.objects import S3_AWAY, Objects, result_prefix
+from shared.unit_of_work import Tx
+
+log = get_logger(__name__)
+
+Wake = Callable[[], None]
+"""Says that there are leftovers to remove."""
+
+
+async def create_job(cmd: inference.CreateJob, tx: Tx) -> None:
+    store = JobStore(tx.conn)
+    job = Job(
+        job_id=cmd.job_id,
+        owner=cmd.owner,
+        inference_type=cmd.inference_type,
+        task_type=cmd.task_type,
+        models=cmd.models,
+        bucket=cmd.bucket,
+        params_key=cmd.params_key,
+        created_at=tx.now,
+    )
+    await CheckpointStore(tx.conn).merge(cmd.checkpoints)
+    if await store.add(job):
+        tx.emit(inference.JobCreated.of(job))
+        return
+    known = await store.find(cmd.job_id)
+    if known is None or known.deleted or not known.is_as(job):
+        raise Rejected("inference.exists", job_id=cmd.job_id)
+    tx.emit(inference.JobSynced.of(known))
+
+
+async def start_job(cmd: inference.StartJob, tx: Tx, *, objects: Objects) -> None:
+    jobs, endpoints = JobStore(tx.conn), EndpointStore(tx.conn)
+    job = await jobs.find(cmd.job_id)
+    if job is None:
+        raise Rejected("inference.not_found", job_id=cmd.job_id)
+    job.check_startable()
+    checkpoint_ids = [model.checkpoint_id for model in job.models if model.checkpoint_id]
+    models = locate_models(job.models, await CheckpointStore(tx.conn).list_of(checkpoint_ids))
+    await endpoints.merge(cmd.endpoints)
+    candidates = await endpoints.list_held([endpoint.endpoint_id for endpoint in cmd.endpoints])
+    unfinished = await jobs.count_unfinished([endpoint.endpoint_id for endpoint in candidates])
+    endpoint = choose_endpoint(candidates, job.inference_type, unfinished)
+    if endpoint is None:
+        raise Rejected(
+            "inference.no_endpoint", inference_type=job.inference_type, username=cmd.username
+        )
+    if not await _has_params(job, objects):
+        missing = Rejected("inference.params_missing", job_id=job.job_id)
+        failed = job.fail(missing.message, now=tx.now)
+        await jobs.save(failed)
+        tx.emit(inference.JobFailed.of(failed))
+        return
+    started = job.start(endpoint, now=tx.now)
+    await jobs.save(started)
+    tx.emit(inference.JobStarted.of(started))
+    tx.emit(
+        inference.RunJob(
+            job_id=job.job_id,
+            endpoint_id=endpoint.endpoint_id,
+            task_type=job.task_type,
+            models=models,
+            bucket=job.bucket,
+            params_key=job.params_key,
+            result_prefix=result_prefix(job.job_id),
+        )
+    )
+    log.info("job_started", job_id=job.job_id, endpoint_name=endpoint.endpoint_name)
+
+
+async def _has_params(job: Job, objects: Objects) -> bool:
+    try:
+        return await objects.size(job.bucket, job.params_key) is not None
+    except S3_AWAY as error:
+        raise Retry(f"object store: {error!r}") from error
+
+
+async def delete_jobs(cmd: inference.DeleteJobs, tx: Tx, *, wake: Wake) -> None:
+    store = JobStore(tx.conn)
+    for job_id in sorted(set(cmd.job_ids)):
+        job = await store.find(job_id)
+        if job is None or job.deleted:
+            continue
+        deleted = job.delete()
+        await store.save(deleted)
+        await _leave(deleted, tx, wake)
+        tx.emit(inference.JobDeleted.of(deleted))
+
+
+async def report_job_started(cmd: inference.ReportJobStarted, tx: Tx) -> None:
+    store = JobStore(tx.conn)
+    job = await store.find(cmd.job_id)
+    if job is None or not job.running or cmd.attempt <= job.attempt:
+        return
+    taken = job.take(cmd.attempt)
+    await store.save(taken)
+    tx.emit(inference.JobTaken.of(taken))
+
+
+async def report_job_succeeded(cmd: inference.ReportJobSucceeded, tx: Tx, *, wake: Wake) -> None:
+    job = await _find_running(cmd.job_id, tx, wake)
+    if job is None:
+        return
+    done = job.succeed(
+        attempt=cmd.attempt,
+        image_names=cmd.image_names,
+        info_name=cmd.info_name,
+        seconds=cmd.seconds,
+        warnings=cmd.warnings,
+        now=tx.now,
+    )
+    await JobStore(tx.conn).save(done)
+    tx.emit(inference.JobSucceeded.of(done))
+
+
+async def report_job_failed(cmd: inference.ReportJobFailed, tx: Tx, *, wake: Wake) -> None:
+    job = await _find_running(cmd.job_id, tx, wake)
+    if job is None:
+        return
+    failed = job.fail(cmd.reason, now=tx.now, attempt=cmd.attempt)
+    await JobStore(tx.conn).save(failed)
+    tx.emit(inference.JobFailed.of(failed))
+
+
+async def resync(_: inference.ResyncInference, tx: Tx) -> None:
+    for job in await JobStore(tx.conn).list_all():
+        tx.emit(inference.JobSynced.of(job))
+
+
+async def remove_leftovers(tx: Tx, *, objects: Objects) -> None:
+    """Removes what deleted jobs left in S3. Raises S3 errors, and then none is forgotten."""
+    store = LeftoverStore(tx.conn)
+    while leftovers := await store.take_some(20):
+        for leftover in leftovers:
+            removed = 0
+            for prefix in leftover.prefixes:
+                removed += await objects.delete_prefix(leftover.bucket, prefix)
+            log.info("leftovers_removed", job_id=leftover.job_id, objects=removed)
+
+
+async def _find_running(job_id: str, tx: Tx, wake: Wake) -> Job | None:
+    """The job that a worker reports the end of; None if nobody waits for it any more. What was
+    uploaded for a deleted one goes as well."""
+    job = await JobStore(tx.conn).find(job_id)
+    if job is not None and job.running:
+        return job
+    log.info("late_report_ignored", job_id=job_id)
+    if job is not None and job.deleted:
+        await _leave(job, tx, wake)
+    return None
+
+
+async def _leave(job: Job, tx: Tx, wake: Wake) -> None:
+    async def after_commit() -> None:
+        wake()
+
+    prefixes = [f"out/{job.job_id}/", job.params_key.rpartition("/")[0] + "/"]
+    await LeftoverStore(tx.conn).add(Leftover(job.job_id, job.bucket, prefixes))
+    tx.after_commit.append(after_commit)

@@ -1,0 +1,197 @@
+"""What an inference job is, what may be done with it, and which endpoint gets it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+
+import msgspec
+from msgspec.structs import replace
+
+from shared.contracts.inference import UsedModel
+from shared.contracts.models import CheckpointFile
+from shared.errors import Rejected
+
+CREATED, INPROGRESS, SUCCEED, FAILED = "created", "inprogress", "succeed", "failed"
+
+SERVING = ("InService", "Updating")
+"""Updating: no worker is ready just now, and one will be. In service is better."""
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    job_id: str
+    owner: str
+    inference_type: str
+    task_type: str
+    models: list[UsedModel]
+    bucket: str
+    params_key: str
+    created_at: datetime
+    status: str = CREATED
+    endpoint_id: str | None = None
+    endpoint_name: str | None = None
+    instance_type: str | None = None
+    started_at: datetime | None = None
+    completed_at: datetime | None = None
+    attempt: int = 0
+    image_names: list[str] = []
+    info_name: str | None = None
+    reason: str | None = None
+    seconds: dict[str, float] = {}
+    warnings: list[str] = []
+    version: int = 1
+    deleted: bool = False
+
+    @property
+    def running(self) -> bool:
+        """Whether a report of a worker still counts: a job has one visible result."""
+        return self.status == INPROGRESS and not self.deleted
+
+    def check_startable(self) -> None:
+        if self.deleted:
+            raise Rejected("inference.not_found", job_id=self.job_id)
+        if self.status != CREATED:
+            raise Rejected("inference.not_startable", job_id=self.job_id, status=self.status)
+
+    def start(self, endpoint: Endpoint, *, now: datetime) -> Job:
+        return replace(
+            self,
+            status=INPROGRESS,
+            endpoint_id=endpoint.endpoint_id,
+            endpoint_name=endpoint.endpoint_name,
+            instance_type=endpoint.instance_type,
+            started_at=now,
+            version=self.version + 1,
+        )
+
+    def take(self, attempt: int) -> Job:
+        return replace(self, attempt=attempt, version=self.version + 1)
+
+    def succeed(
+        self,
+        *,
+        attempt: int,
+        image_names: list[str],
+        info_name: str,
+        seconds: dict[str, float],
+        warnings: list[str],
+        now: datetime,
+    ) -> Job:
+        return replace(
+            self,
+            status=SUCCEED,
+            completed_at=now,
+            attempt=max(self.attempt, attempt),
+            image_names=image_names,
+            info_name=info_name,
+            seconds=seconds,
+            warnings=warnings,
+            version=self.version + 1,
+        )
+
+    def fail(self, reason: str, *, now: datetime, attempt: int = 0) -> Job:
+        return replace(
+            self,
+            status=FAILED,
+            reason=reason,
+            started_at=self.started_at or now,
+            completed_at=now,
+            attempt=max(self.attempt, attempt),
+            version=self.version + 1,
+        )
+
+    def delete(self) -> Job:
+        return replace(self, deleted=True, version=self.version + 1)
+
+    def is_as(self, other: Job) -> bool:
+        """Whether both were asked for with the same words."""
+        return all(
+            getattr(self, name) == getattr(other, name)
+            for name in ("owner", "inference_type", "task_type", "models", "bucket", "params_key")
+        )
+
+
+class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """What the ledger knows of a checkpoint."""
+
+    checkpoint_id: str
+    type: str
+    status: str
+    bucket: str
+    files: list[CheckpointFile]
+    version: int
+    deleted: bool
+
+    def locate(self, model: UsedModel) -> UsedModel | None:
+        """The model with the place where its file lies now; None if it can't be used any more."""
+        if self.deleted or self.status != "Active":
+            return None
+        files = [file for file in self.files if file.filename == model.name]
+        if not files and len(self.files) == 1:
+            files = self.files  # renamed since the job was created
+        if not files:
+            return None
+        return replace(model, bucket=self.bucket, key=files[0].key, size=files[0].size)
+
+
+def locate_models(
+    models: Iterable[UsedModel], checkpoints: Mapping[str, Checkpoint]
+) -> list[UsedModel]:
+    """Every model with the place of its file. Raises Rejected for one that is gone."""
+    located = []
+    for model in models:
+        if model.checkpoint_id is None:
+            located.append(model)
+            continue
+        checkpoint = checkpoints.get(model.checkpoint_id)
+        found = checkpoint.locate(model) if checkpoint else None
+        if found is None:
+            raise Rejected("inference.checkpoint_gone", name=model.name, type=model.type)
+        located.append(found)
+    return located
+
+
+class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """What the ledger knows of an endpoint."""
+
+    endpoint_id: str
+    endpoint_name: str
+    endpoint_type: str
+    instance_type: str
+    endpoint_status: str
+    current_instance_count: int
+    error: str | None
+    version: int
+    deleted: bool
+
+    def serves(self, inference_type: str) -> bool:
+        return (
+            not self.deleted
+            and self.endpoint_status in SERVING
+            and self.endpoint_type == inference_type
+        )
+
+    @property
+    def end(self) -> str | None:
+        """Why its jobs can't be done any more; None while they can."""
+        if self.deleted:
+            return f'endpoint "{self.endpoint_name}" was deleted'
+        if self.endpoint_status == "Failed":
+            cause = f": {self.error}" if self.error else ""
+            return f'endpoint "{self.endpoint_name}" failed{cause}'
+        return None
+
+
+def choose_endpoint(
+    endpoints: Iterable[Endpoint], inference_type: str, unfinished: Mapping[str, int]
+) -> Endpoint | None:
+    """The one with the fewest unfinished jobs per instance; by name where that is equal."""
+    return min(
+        (endpoint for endpoint in endpoints if endpoint.serves(inference_type)),
+        key=lambda endpoint: (
+            SERVING.index(endpoint.endpoint_status),
+            unfinished.get(endpoint.endpoint_id, 0) / max(1, endpoint.current_instance_count),
+            endpoint.endpoint_name,
+        ),
+        default=None,
+    )

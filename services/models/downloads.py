@@ -1,0 +1,201 @@
+"""Fetching a file from a URL that a user gave, without being led to where users may not go.
+
+A URL is a way to make this process speak to any address it can reach: other services on
+loopback, machines in the same network, the metadata address of a cloud. So the address is checked
+where it counts, when the socket is made: a name that resolves anew between check and connection,
+a redirect, a number that is an address in disguise all end there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import socket
+from collections.abc import AsyncIterator, Set
+
+import aiohttp
+import msgspec
+from aiohttp.connector import AddrInfoType
+from yarl import URL
+
+from services.models.domain import filename_of, find_fault
+
+MAX_REDIRECTS = 5
+REDIRECTS = (301, 302, 303, 307, 308)
+CHUNK_BYTES = 256 * 1024
+TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=60)
+HEADERS = {"User-Agent": "Darkroom", "Accept": "*/*", "Accept-Encoding": "identity"}
+
+METADATA = (ipaddress.ip_address("168.63.129.16"),)
+"""Addresses of clouds' own services that are public by their number."""
+NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
+
+class Unfit(Exception):
+    """The URL can't be downloaded, now or later. The text is for the user."""
+
+
+class Interrupted(Exception):
+    """The connection failed or the server is in trouble: worth another try."""
+
+
+class Source(msgspec.Struct, frozen=True):
+    """A file whose bytes are about to come."""
+
+    filename: str
+    chunks: AsyncIterator[bytes]
+
+
+class Downloader:
+    def __init__(self, *, schemes: Set[str], allowed_hosts: Set[str], max_bytes: int) -> None:
+        self._schemes = schemes
+        self._allowed_hosts = allowed_hosts
+        self._max_bytes = max_bytes
+
+    @contextlib.asynccontextmanager
+    async def open(self, url: str) -> AsyncIterator[Source]:
+        """Follows redirects and answers with the file. Its chunks raise Unfit or Interrupted."""
+        async with contextlib.AsyncExitStack() as stack:
+            at = first = _parse(url)
+            for _ in range(MAX_REDIRECTS + 1):
+                response = await self._get(at, stack)
+                if response.status not in REDIRECTS:
+                    break
+                at = _target(at, response)
+                await stack.aclose()
+            else:
+                raise Unfit(f"{_plain(first)}: more than {MAX_REDIRECTS} redirects")
+            self._check(at, response)
+            filename = _filename(response, first, at)
+            yield Source(filename, self._chunks(at, response))
+
+    async def _get(self, at: URL, stack: contextlib.AsyncExitStack) -> aiohttp.ClientResponse:
+        if at.scheme not in self._schemes or not at.host:
+            raise Unfit(f"{_plain(at)}: only {', '.join(sorted(self._schemes))} is allowed")
+        guard = Guard(open_to_all=self._is_allowed(at))
+        session = await stack.enter_async_context(
+            aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(socket_factory=guard.make_socket, force_close=True),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                timeout=TIMEOUT,
+                headers=HEADERS,
+                auto_decompress=False,
+                trust_env=False,
+            )
+        )
+        try:
+            return await stack.enter_async_context(session.get(at, allow_redirects=False))
+        except aiohttp.InvalidURL as error:
+            raise Unfit(f"{_plain(at)}: no valid URL") from error
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            if guard.refused:
+                raise Unfit(
+                    f"{_plain(at)}: {at.host} is at an address that downloads may not reach"
+                ) from error
+            raise _connection_failed(at, error) from error
+
+    def _is_allowed(self, at: URL) -> bool:
+        return not self._allowed_hosts.isdisjoint((at.host or "", f"{at.host}:{at.port}"))
+
+    def _check(self, at: URL, response: aiohttp.ClientResponse) -> None:
+        where = _plain(at)
+        if response.status >= 500 or response.status in (408, 429):
+            raise Interrupted(f"{where}: answered {response.status}")
+        if response.status != 200:
+            raise Unfit(f"{where}: answered {response.status}")
+        if response.content_type == "text/html":
+            raise Unfit(f"{where}: answered with a web page, not with a file")
+        if response.headers.get("Content-Encoding", "identity").lower() != "identity":
+            raise Unfit(f"{where}: answered in a content encoding that was not asked for")
+        if (response.content_length or 0) > self._max_bytes:
+            raise self._too_large(at)
+
+    async def _chunks(self, at: URL, response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+        size = 0
+        try:
+            async for chunk in response.content.iter_chunked(CHUNK_BYTES):
+                size += len(chunk)
+                if size > self._max_bytes:
+                    raise self._too_large(at)
+                yield chunk
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise Interrupted(f"{_plain(at)}: broke off after {size} bytes") from error
+
+    def _too_large(self, at: URL) -> Unfit:
+        return Unfit(f"{_plain(at)}: larger than the {self._max_bytes} bytes that are allowed")
+
+
+class Guard:
+    """Makes the sockets of one connection, unless they lead to a forbidden address."""
+
+    def __init__(self, *, open_to_all: bool) -> None:
+        self._open_to_all = open_to_all
+        self.refused = False
+
+    def make_socket(self, address: AddrInfoType) -> socket.socket:
+        family, kind, protocol, _, target = address
+        if not self._open_to_all and not is_public(str(target[0])):
+            self.refused = True
+            raise OSError("address not allowed")
+        return socket.socket(family, kind, protocol)
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address is out in the internet: not loopback, private, link-local, shared,
+    reserved, multicast or a cloud's metadata service, also not wrapped into IPv6."""
+    ip = ipaddress.ip_address(address)
+    if isinstance(ip, ipaddress.IPv6Address):
+        inner = ip.ipv4_mapped or ip.sixtofour
+        if inner is None and ip in NAT64:
+            inner = ipaddress.IPv4Address(int(ip) & 0xFFFF_FFFF)
+        if inner is not None:
+            return is_public(str(inner))
+    return ip.is_global and not ip.is_multicast and not ip.is_reserved and ip not in METADATA
+
+
+def _parse(url: str) -> URL:
+    try:
+        return URL(url)
+    except ValueError as error:
+        raise Unfit("no valid URL") from error
+
+
+def _connection_failed(at: URL, error: Exception) -> Exception:
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        return Unfit(f"{_plain(at)}: its certificate is not valid")
+    if isinstance(error, aiohttp.ClientConnectorDNSError):
+        return Interrupted(f"{_plain(at)}: no host of this name was found")
+    if isinstance(error, TimeoutError):
+        return Interrupted(f"{_plain(at)}: no answer in time")
+    return Interrupted(f"{_plain(at)}: the connection failed")
+
+
+def _target(at: URL, response: aiohttp.ClientResponse) -> URL:
+    location = response.headers.get("Location")
+    if not location:
+        raise Unfit(f"{_plain(at)}: answered {response.status} without a Location")
+    try:
+        return at.join(URL(location))
+    except ValueError as error:
+        raise Unfit(f"{_plain(at)}: redirects to no valid URL") from error
+
+
+def _plain(url: URL) -> str:
+    """A URL as it may be told and logged: without what could be a secret."""
+    return str(url.with_query(None).with_fragment(None).with_user(None)) if url.host else "URL"
+
+
+def _filename(response: aiohttp.ClientResponse, first: URL, last: URL) -> str:
+    """By the answer's Content-Disposition, else by the path of the URL that was asked for."""
+    disposition = response.content_disposition
+    given = disposition.filename if disposition else None
+    if given:
+        name = given.replace("\\", "/").rsplit("/", 1)[-1]
+        fault = find_fault(name)
+        if fault:
+            raise Unfit(f"{_plain(first)}: the file name {name[:80]!r} can't be used: {fault}")
+        return name
+    name = filename_of(first.raw_path) or filename_of(last.raw_path)
+    if not name:
+        raise Unfit(f"{_plain(first)}: neither the URL nor the answer has a file name")
+    return name

@@ -1,0 +1,1 @@
+"""What models keeps: `checkpoints.py` in Postgres, `files.py` in the object store."""

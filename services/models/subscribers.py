@@ -1,0 +1,27 @@
+"""Message type -> function: all that models does when spoken to."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Set
+from functools import partial
+
+from services.models import commands
+from services.models.store.files import FileStore
+from shared.bus import Handlers
+from shared.contracts import models
+
+
+def handlers(
+    files: FileStore, *, wake: Callable[[], Awaitable[None]], schemes: Set[str]
+) -> Handlers:
+    """`wake` tells the upkeep that there is something to download or to remove."""
+    return {
+        models.CreateCheckpoint: partial(
+            commands.create_checkpoint, files=files, wake=wake, schemes=schemes
+        ),
+        models.CompleteCheckpoint: partial(commands.complete_checkpoint, files=files),
+        models.RenameCheckpoint: commands.rename_checkpoint,
+        models.SetCheckpointStatus: commands.set_checkpoint_status,
+        models.DeleteCheckpoints: partial(commands.delete_checkpoints, wake=wake),
+        models.ResyncModels: commands.resync,
+    }

@@ -1,0 +1,196 @@
+"""FastStream on JetStream, with the delivery rules that its defaults do not have.
+
+- A handler that fails is tried again after a growing pause, never terminated by one exception.
+- After MAX_ATTEMPTS the message goes to the DEAD stream with its reason, and the caller is told.
+  Attempts are counted on receipt, so a message that kills its process ends there as well.
+- What is no valid message goes to DEAD at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+import nats.errors
+from faststream import AckPolicy
+from faststream.exceptions import NackMessage
+from faststream.nats import JStream, NatsBroker, NatsMessage, PullSub
+from faststream.security import SASLPlaintext
+from nats.aio.client import Client
+from nats.js import JetStreamContext
+from nats.js.errors import NotFoundError
+
+from shared import logs
+from shared.contracts import envelope as cloud
+from shared.contracts.envelope import DeadLetter, Envelope, Message
+from shared.contracts.registry import TYPES
+from shared.contracts.subjects import dead_subject
+from shared.errors import Retry
+from shared.postgres import AWAY
+from shared.settings import BusSettings
+from shared.unit_of_work import Handler, UnitOfWork
+
+log = logs.get_logger(__name__)
+
+MAX_ATTEMPTS = 6
+PAUSES = (0.2, 1.0, 3.0, 8.0, 20.0)
+"""Seconds before the second, third … attempt."""
+
+Handlers = Mapping[type[Message], Handler]
+
+
+def connect_options(settings: BusSettings) -> dict[str, Any]:
+    """Reconnects for ever, and uses the inbox that this user alone may read."""
+
+    async def on_error(error: Exception) -> None:
+        if isinstance(error, nats.errors.SlowConsumerError):
+            log.warning("slow_consumer", error=str(error))
+        else:
+            log.warning("nats_error", error=repr(error))
+
+    return {
+        "name": settings.nats_user,
+        "inbox_prefix": f"_INBOX_{settings.nats_user}".encode(),
+        "max_reconnect_attempts": -1,
+        "reconnect_time_wait": 0.25,
+        "ping_interval": 5,
+        "connect_timeout": 5,
+        "error_cb": on_error,
+    }
+
+
+async def connect(settings: BusSettings) -> Client:
+    """A plain connection. Waits for the server as long as it takes."""
+    return await nats.connect(
+        settings.nats_url,
+        user=settings.nats_user,
+        password=settings.nats_password,
+        **connect_options(settings),
+    )
+
+
+def make_broker(settings: BusSettings) -> NatsBroker:
+    return NatsBroker(
+        settings.nats_url,
+        security=SASLPlaintext(settings.nats_user, settings.nats_password),
+        apply_types=False,
+        logger=None,
+        **connect_options(settings),
+    )
+
+
+async def wait_for_consumer(js: JetStreamContext, stream: str, durable: str) -> None:
+    """Returns once the consumer exists: a service may start before the streams are declared."""
+    while True:
+        try:
+            await js.consumer_info(stream, durable, timeout=2)
+            return
+        except (NotFoundError, nats.errors.Error, TimeoutError) as error:
+            log.warning("waiting_for_consumer", stream=stream, durable=durable, error=repr(error))
+            await asyncio.sleep(0.5)
+
+
+def pull(
+    broker: NatsBroker,
+    *,
+    stream: str,
+    durable: str,
+    user: str,
+    handler: Callable[[NatsMessage], Any],
+    parallel: int,
+) -> None:
+    """Binds `handler` to a durable pull consumer that exists; never creates or changes one.
+
+    Fetches one message at a time: nats-py 2.16 keeps a lone message of a larger batch back until
+    the fetch times out. `parallel` handlers run at once all the same."""
+    broker.subscriber(
+        subject=durable,
+        durable=durable,
+        stream=JStream(stream, declare=False),
+        pull_sub=PullSub(batch_size=1, timeout=30.0),
+        max_workers=parallel,
+        inbox_prefix=f"_INBOX_{user}.".encode(),
+        ack_policy=AckPolicy.NACK_ON_ERROR,
+        decoder=_as_it_is,
+    )(handler)
+
+
+async def _as_it_is(message: NatsMessage) -> NatsMessage:
+    return message
+
+
+class Receiver:
+    """Turns what a consumer delivers into units of work, by the table type -> handler."""
+
+    def __init__(
+        self, service: str, js: JetStreamContext, work: UnitOfWork, handlers: Handlers
+    ) -> None:
+        self._service = service
+        self._js = js
+        self._work = work
+        self._handlers = handlers
+
+    async def receive(self, message: NatsMessage) -> None:
+        raw = message.raw_message
+        attempt = raw.metadata.num_delivered
+        try:
+            envelope = cloud.decode(raw.data)
+        except msgspec.MsgspecError as error:
+            await self._bury(raw.data, f"no envelope: {error}", attempt)
+            return
+        logs.bind(envelope.correlation_id, type=envelope.type, message_id=envelope.id)
+        handler = self._handlers.get(TYPES.get(envelope.type, Message))
+        if handler is None:
+            if envelope.type.split(".")[0] == self._service:
+                await self._give_up(envelope, raw.data, f"unknown type {envelope.type}", attempt)
+            return  # a foreign event that this service does not care about
+        if attempt > MAX_ATTEMPTS:
+            await self._give_up(envelope, raw.data, "its handler died every time", attempt - 1)
+            return
+        try:
+            await self._process(envelope, handler, message)
+        except msgspec.MsgspecError as error:
+            await self._give_up(envelope, raw.data, f"bad payload: {error}", attempt)
+        except Exception as error:
+            if not isinstance(error, Retry):
+                log.exception("handler_failed", attempt=attempt)
+            if attempt >= MAX_ATTEMPTS:
+                await self._give_up(envelope, raw.data, repr(error), attempt)
+            else:
+                raise NackMessage(delay=PAUSES[min(attempt, len(PAUSES)) - 1]) from error
+
+    async def _process(self, envelope: Envelope, handler: Handler, message: NatsMessage) -> None:
+        """An unreachable database is nobody's fault: the message waits here until it is back,
+        which does not count as an attempt."""
+        while True:
+            try:
+                await self._work.process(envelope, handler)
+                return
+            except AWAY as error:
+                log.warning("waiting_for_postgres", error=repr(error))
+                await message.in_progress()
+                await asyncio.sleep(0.5)
+
+    async def _give_up(self, envelope: Envelope, body: bytes, reason: str, attempts: int) -> None:
+        await self._bury(body, reason, attempts)
+        if envelope.type.split(".")[0] == self._service:
+            await self._work.refuse(
+                envelope, "darkroom.failed", "the command failed inside Darkroom; see its log"
+            )
+
+    async def _bury(self, body: bytes, reason: str, attempts: int) -> None:
+        """Raises (so that the message is kept) when the DEAD stream does not take it."""
+        log.error("dead_letter", reason=reason, attempts=attempts)
+        try:
+            whole = msgspec.Raw(msgspec.json.encode(msgspec.json.decode(body)))
+        except msgspec.DecodeError:
+            whole = msgspec.Raw(msgspec.json.encode(body.decode(errors="replace")))
+        letter = cloud.wrap(
+            DeadLetter(reason=reason, attempts=attempts, envelope=whole),
+            type="darkroom.dead_letter.v1",
+            source=self._service,
+            subject=self._service,
+        )
+        await self._js.publish(dead_subject(self._service), cloud.encode(letter), timeout=5)

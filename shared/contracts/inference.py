@@ -1,0 +1,160 @@
+"""inference: the job ledger, and what travels between it and the workers."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+import msgspec
+
+from shared.contracts.endpoints import Endpoint
+from shared.contracts.envelope import Command, Message, State
+from shared.contracts.models import Checkpoint
+
+OWNER = "inference"
+
+REJECTIONS = {
+    "inference.not_found": "inference with id {job_id} not found",
+    "inference.exists": "inference {job_id} was created before with other parameters",
+    "inference.not_startable": "inference {job_id} is {status}; only a created one can be started",
+    "inference.no_endpoint": 'no available {inference_type} endpoints for user "{username}"',
+    "inference.params_missing": "no params at api_params_s3_upload_url yet; PUT them there before starting {job_id}",
+    "inference.checkpoint_gone": "checkpoint with name {name}, type {type} is not found",
+}
+
+
+class UsedModel(msgspec.Struct, frozen=True, kw_only=True):
+    """A model that a job names. `checkpoint_id` is None for VAE `Automatic` and `None`."""
+
+    type: str
+    name: str
+    checkpoint_id: str | None = None
+    bucket: str = ""
+    key: str = ""
+    size: int = 0
+
+
+class CreateJob(Command, frozen=True, kw_only=True):
+    """`checkpoints` holds the state that the names in `models` were resolved to, as the caller saw
+    it: the ledger merges it by version, so a job may name what was activated a moment ago."""
+
+    job_id: str
+    owner: str
+    inference_type: str
+    task_type: str
+    models: list[UsedModel]
+    checkpoints: list[Checkpoint] = []
+    params_key: str
+    bucket: str
+
+
+class StartJob(Command, frozen=True, kw_only=True):
+    """`endpoints`: those in service that the owner may use, as the caller saw them."""
+
+    job_id: str
+    username: str
+    endpoints: list[Endpoint]
+
+
+class DeleteJobs(Command, frozen=True, kw_only=True):
+    """Ids that do not exist are ignored: deleting twice is no error."""
+
+    job_ids: list[str]
+
+
+class ReportJobStarted(Command, frozen=True, kw_only=True):
+    """A worker has taken the job. `attempt` counts deliveries, from 1."""
+
+    job_id: str
+    instance_id: str
+    attempt: int
+
+
+class ReportJobSucceeded(Command, frozen=True, kw_only=True):
+    """The images lie in S3 under `out/{job_id}/result/`. `seconds`: stage name -> duration."""
+
+    job_id: str
+    instance_id: str
+    attempt: int
+    image_names: list[str]
+    info_name: str
+    seconds: dict[str, float] = {}
+    warnings: list[str] = []
+
+
+class ReportJobFailed(Command, frozen=True, kw_only=True):
+    job_id: str
+    instance_id: str
+    attempt: int
+    reason: str
+
+
+class ResyncInference(Command, frozen=True, kw_only=True):
+    """Asks for the current state of every aggregate, once more, as `…_synced` events."""
+
+
+class Job(State, frozen=True, kw_only=True):
+    """`status`: created, inprogress, succeed, failed (with `reason`). ESD's own spelling."""
+
+    job_id: str
+    owner: str
+    inference_type: str
+    task_type: str
+    status: str
+    models: list[UsedModel]
+    bucket: str
+    params_key: str
+    endpoint_id: str | None
+    endpoint_name: str | None
+    instance_type: str | None
+    created_at: datetime
+    started_at: datetime | None
+    completed_at: datetime | None
+    attempt: int = 0
+    image_names: list[str] = []
+    info_name: str | None = None
+    reason: str | None = None
+    seconds: dict[str, float] = {}
+    warnings: list[str] = []
+
+
+class JobCreated(Job, frozen=True, kw_only=True): ...
+
+
+class JobStarted(Job, frozen=True, kw_only=True): ...
+
+
+class JobTaken(Job, frozen=True, kw_only=True): ...
+
+
+class JobSucceeded(Job, frozen=True, kw_only=True): ...
+
+
+class JobFailed(Job, frozen=True, kw_only=True): ...
+
+
+class JobDeleted(Job, frozen=True, kw_only=True): ...
+
+
+class JobSynced(Job, frozen=True, kw_only=True): ...
+
+
+class RunJob(Message, frozen=True, kw_only=True):
+    """Work for one worker, on the work queue of the endpoint. Emitter: inference."""
+
+    job_id: str
+    endpoint_id: str
+    task_type: str
+    models: list[UsedModel]
+    bucket: str
+    params_key: str
+    result_prefix: str
+
+
+class JobProgress(Message, frozen=True, kw_only=True):
+    """Telemetry on core NATS, never stored. `step` of `steps`; `eta_seconds` from the mean step."""
+
+    job_id: str
+    step: int
+    steps: int
+    attempt: int = 1
+    eta_seconds: float | None = None

@@ -1,0 +1,124 @@
+"""Messages leave through a table, in the transaction of the work that they speak of.
+
+They are published right after the commit. What a crash or an unreachable bus left behind is sent
+by the relay, which looks once a second; receivers are idempotent, so a second sending is harmless.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import asyncpg
+import msgspec
+from nats.js import JetStreamContext
+
+from shared.logs import get_logger
+
+log = get_logger(__name__)
+
+PUBLISH_TIMEOUT = 5.0
+
+
+class OutboxRow(msgspec.Struct, frozen=True):
+    message_id: str
+    subject: str
+    body: bytes
+    command_id: str | None
+    id: int = 0
+
+
+async def store(connection: Any, rows: Sequence[OutboxRow]) -> list[OutboxRow]:
+    """Adds the messages to the caller's transaction; returns them with their ids."""
+    if not rows:
+        return []
+    ids = await connection.fetch(
+        """
+        INSERT INTO outbox (message_id, subject, body, command_id)
+        SELECT * FROM unnest($1::text[], $2::text[], $3::bytea[], $4::text[])
+        RETURNING id
+        """,
+        [row.message_id for row in rows],
+        [row.subject for row in rows],
+        [row.body for row in rows],
+        [row.command_id for row in rows],
+    )
+    return [
+        msgspec.structs.replace(row, id=record["id"]) for row, record in zip(rows, ids, strict=True)
+    ]
+
+
+class Outbox:
+    """Publishes stored rows in order and marks them sent once the stream has them."""
+
+    def __init__(self, pool: asyncpg.Pool[Any], js: JetStreamContext) -> None:
+        self._pool = pool
+        self._js = js
+
+    async def publish(self, rows: Sequence[OutboxRow]) -> None:
+        """Stops at the first message that the stream does not take: the relay sends the rest, so
+        the messages of one transaction arrive in their order."""
+        sent = []
+        try:
+            for row in rows:
+                await self._js.publish(
+                    row.subject,
+                    row.body,
+                    timeout=PUBLISH_TIMEOUT,
+                    headers={"Nats-Msg-Id": row.message_id},
+                )
+                sent.append(row.id)
+        except Exception as error:
+            log.warning("publish_postponed", subject=row.subject, error=repr(error))
+        if sent:
+            await self._pool.execute(
+                "UPDATE outbox SET sent_at = now() WHERE id = ANY($1::bigint[])", sent
+            )
+
+    async def relay(self, *, every: float = 1.0) -> None:
+        """Runs until cancelled."""
+        while True:
+            try:
+                while await self._relay_once():
+                    pass
+                await self._pool.execute(
+                    "DELETE FROM outbox WHERE sent_at < now() - interval '1 hour'"
+                )
+            except Exception as error:
+                log.warning("relay_postponed", error=repr(error))
+            await asyncio.sleep(every)
+
+    async def _relay_once(self, batch: int = 200) -> bool:
+        async with self._pool.acquire() as connection, connection.transaction():
+            records = await connection.fetch(
+                """
+                SELECT id, message_id, subject, body, command_id FROM outbox
+                WHERE sent_at IS NULL AND created_at < now() - interval '1 second'
+                ORDER BY id LIMIT $1 FOR UPDATE SKIP LOCKED
+                """,
+                batch,
+            )
+            for record in records:
+                await self._js.publish(
+                    record["subject"],
+                    record["body"],
+                    timeout=PUBLISH_TIMEOUT,
+                    headers={"Nats-Msg-Id": record["message_id"]},
+                )
+                await connection.execute(
+                    "UPDATE outbox SET sent_at = now() WHERE id = $1", record["id"]
+                )
+            if records:
+                log.info("relayed", messages=len(records))
+            return len(records) == batch
+
+    async def resend_recent_events(self) -> None:
+        """After the bus came back: what it may have lost with its last unsynced second goes out
+        once more. Only events: they are idempotent everywhere, work for a GPU is not."""
+        await self._pool.execute(
+            """
+            UPDATE outbox SET sent_at = NULL
+            WHERE sent_at > now() - interval '2 minutes' AND subject LIKE 'evt.%'
+            """
+        )

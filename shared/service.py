@@ -1,0 +1,200 @@
+"""The host of a back service: opens what it needs, receives, relays, answers health, stops well.
+
+A service's `app.py` builds one and runs it. Nothing is opened before `run`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+
+import asyncpg
+import nats.errors
+import uvicorn
+import uvloop
+from faststream.nats import NatsBroker
+from nats.js import JetStreamContext
+
+from shared import logs
+from shared.bus import Handlers, Receiver, make_broker, pull, wait_for_consumer
+from shared.contracts.subjects import COMMANDS, EVENTS
+from shared.health import Check, health_app
+from shared.outbox import Outbox
+from shared.postgres import connect_pool
+from shared.settings import BusSettings, ServiceSettings
+from shared.unit_of_work import UnitOfWork
+
+log = logs.get_logger(__name__)
+
+PARALLEL = 8
+"""Messages that one process handles at a time."""
+
+
+class HealthServer:
+    """Serves health while everything else is still waiting for its servers."""
+
+    def __init__(self, settings: BusSettings, checks: dict[str, Check]) -> None:
+        self._server = uvicorn.Server(
+            uvicorn.Config(
+                health_app(checks),
+                host=settings.http_host,
+                port=settings.http_port,
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+            )
+        )
+
+    @contextlib.asynccontextmanager
+    async def serving(self) -> AsyncIterator[None]:
+        task = asyncio.create_task(self._server._serve())
+        try:
+            yield
+        finally:
+            self._server.should_exit = True
+            await task
+
+
+class Service:
+    def __init__(
+        self,
+        name: str,
+        settings: ServiceSettings,
+        *,
+        commands: Handlers,
+        reactions: Handlers | None = None,
+        checks: dict[str, Check] | None = None,
+        background: Callable[[Service], Awaitable[None]] | None = None,
+        on_stop: Callable[[], Awaitable[None]] | None = None,
+        resources: Sequence[AbstractAsyncContextManager[object]] = (),
+    ) -> None:
+        """`resources` are open while messages are handled. `background` runs beside the receivers
+        until the process stops (timers, launchers)."""
+        self.name = name
+        self.settings = settings
+        self._commands = commands
+        self._reactions = reactions or {}
+        self._background = background
+        self._on_stop = on_stop
+        self._resources = resources
+        self.checks: dict[str, Check] = {"starting": _starting, **(checks or {})}
+        self.pool: asyncpg.Pool[Any]
+        self.js: JetStreamContext
+        self.work: UnitOfWork
+
+    def run(self) -> None:
+        logs.configure(self.name, self.settings.log_level)
+        uvloop.run(self.serve())
+
+    async def serve(self) -> None:
+        """Runs until SIGTERM or SIGINT; then lets what is in hand finish."""
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        async with HealthServer(self.settings, self.checks).serving():
+            main = asyncio.create_task(self._serve(stop))
+            stopped = asyncio.create_task(stop.wait())
+            await asyncio.wait({main, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            if not main.done() and not hasattr(self, "work"):
+                main.cancel()  # still waiting for its servers: nothing is in hand
+            stop.set()
+            stopped.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await main
+
+    async def _serve(self, stop: asyncio.Event) -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            for resource in self._resources:
+                await stack.enter_async_context(resource)
+            await self._serve_bus(stop)
+
+    async def _serve_bus(self, stop: asyncio.Event) -> None:
+        self.pool = await connect_pool(self.settings.postgres_url)
+        broker = make_broker(self.settings)
+        await broker.connect()
+        client = broker.config.connection_state.connection
+        self.js = client.jetstream()
+        await self._wait_for_schema()
+        await wait_for_consumer(self.js, COMMANDS, self.name)
+        if self._reactions:
+            await wait_for_consumer(self.js, EVENTS, self.name)
+        outbox = Outbox(self.pool, self.js)
+        self.work = UnitOfWork(self.name, self.pool, outbox)
+        self._subscribe(broker)
+        tasks = [asyncio.create_task(outbox.relay())]
+        tasks.append(asyncio.create_task(self._watch_reconnects(client, outbox)))
+        if self._background:
+            tasks.append(asyncio.create_task(_logged(self._background(self))))
+        await broker.start()
+        self._set_checks(client)
+        log.info("ready", service=self.name)
+        try:
+            await stop.wait()
+        finally:
+            log.info("stopping", service=self.name)
+            if self._on_stop:
+                await self._on_stop()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await broker.stop()
+            await self.pool.close()
+
+    def _subscribe(self, broker: NatsBroker) -> None:
+        for stream, handlers in ((COMMANDS, self._commands), (EVENTS, self._reactions)):
+            if handlers:
+                receiver = Receiver(self.name, self.js, self.work, handlers)
+                pull(
+                    broker,
+                    stream=stream,
+                    durable=self.name,
+                    user=self.settings.nats_user,
+                    handler=receiver.receive,
+                    parallel=PARALLEL,
+                )
+
+    def _set_checks(self, client: Any) -> None:
+        async def check_nats() -> None:
+            await self.js.consumer_info(COMMANDS, self.name)
+            if not client.is_connected:
+                raise nats.errors.ConnectionClosedError
+
+        async def check_postgres() -> None:
+            await self.pool.fetchval("SELECT 1")
+
+        del self.checks["starting"]
+        self.checks |= {"nats": check_nats, "postgres": check_postgres}
+
+    async def _wait_for_schema(self) -> None:
+        """A service may start before its migrations have run."""
+        while not await self.pool.fetchval("SELECT to_regclass('migrations') IS NOT NULL"):
+            log.warning("waiting_for_migrations", service=self.name)
+            await asyncio.sleep(0.5)
+
+    async def _watch_reconnects(self, client: Any, outbox: Outbox) -> None:
+        """After a lost connection, closes the window in which the bus may have lost events."""
+        seen = client.stats["reconnects"]
+        while True:
+            await asyncio.sleep(1)
+            if client.stats["reconnects"] != seen and client.is_connected:
+                seen = client.stats["reconnects"]
+                with contextlib.suppress(Exception):
+                    await outbox.resend_recent_events()
+
+
+async def _starting() -> None:
+    raise RuntimeError("waiting for NATS, Postgres or migrations")
+
+
+async def _logged(work: Awaitable[None]) -> None:
+    try:
+        await work
+    except asyncio.CancelledError:
+        raise
+    except Exception:
+        log.exception("background_failed")
+        raise SystemExit(1) from None

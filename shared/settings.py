@@ -1,0 +1,57 @@
+"""Settings come from the environment, once, at start: `DARKROOM_NAME`, or `DARKROOM_NAME_FILE`
+for a file that holds the value (container secrets)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+PREFIX = "DARKROOM_"
+
+
+class BusSettings(msgspec.Struct, frozen=True, kw_only=True):
+    nats_url: str
+    nats_user: str
+    nats_password: str
+    http_host: str = "127.0.0.1"
+    http_port: int = 0
+    log_level: str = "info"
+
+
+class ServiceSettings(BusSettings, frozen=True, kw_only=True):
+    postgres_url: str
+
+
+class ObjectSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """`s3_public_url` is what presigned URLs carry, where clients reach S3 by another address."""
+
+    s3_url: str
+    s3_access_key: str
+    s3_secret_key: str
+    s3_public_url: str = ""
+    s3_models_bucket: str = "darkroom-models"
+    s3_jobs_bucket: str = "darkroom-jobs"
+    s3_region: str = "us-east-1"
+
+
+def load(struct: type[T], environ: Mapping[str, str] = os.environ) -> T:
+    """Reads every field of `struct`. Raises SystemExit that names what is missing or wrong."""
+    values: dict[str, str] = {}
+    for field in msgspec.structs.fields(struct):
+        name = PREFIX + field.name.upper()
+        if name in environ:
+            values[field.name] = environ[name]
+        elif name + "_FILE" in environ:
+            values[field.name] = Path(environ[name + "_FILE"]).read_text().strip()
+        elif field.required:
+            raise SystemExit(f"set {name} (or {name}_FILE)")
+    try:
+        return msgspec.convert(values, struct, strict=False)
+    except msgspec.ValidationError as error:
+        raise SystemExit(f"bad setting: {error}") from None

@@ -1,0 +1,152 @@
+"""One message = one Postgres transaction: inbox check, work, outbox rows. Then publish."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+from typing import Any
+
+import asyncpg
+
+from shared import errors
+from shared.contracts import envelope as cloud
+from shared.contracts.envelope import Completed, Envelope, Message, Rejected
+from shared.contracts.inference import RunJob
+from shared.contracts.registry import payload, type_of
+from shared.contracts.subjects import aggregate_of, event_subject, run_job_subject
+from shared.outbox import Outbox, OutboxRow, store
+
+Handler = Callable[[Any, "Tx"], Awaitable[None]]
+Clock = Callable[[], datetime]
+
+
+def utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+class Tx:
+    """What a handler works with: the connection of its transaction, the time, and `emit`."""
+
+    def __init__(
+        self, owner: str, connection: Any, now: datetime, cause: Envelope | None = None
+    ) -> None:
+        self.owner = owner
+        self.conn = connection
+        self.now = now
+        self.cause = cause
+        self.after_commit: list[Callable[[], Awaitable[None]]] = []
+        self._messages: list[Message] = []
+
+    def emit(self, message: Message) -> None:
+        """Adds an event (or work for a queue) to what leaves with this transaction."""
+        self._messages.append(message)
+
+    def rows(self) -> list[OutboxRow]:
+        """The messages as they will be sent; the last event of a command carries its answer."""
+        asked = self.cause is not None and self.cause.type.startswith(f"{self.owner}.")
+        command = self.cause if asked else None
+        messages = list(self._messages)
+        if command and not any(not isinstance(m, RunJob) for m in messages):
+            messages.append(Completed(command_type=command.type))
+        last = max((i for i, m in enumerate(messages) if not isinstance(m, RunJob)), default=-1)
+        return [
+            self._row(message, answers=command.id if command and i == last else None)
+            for i, message in enumerate(messages)
+        ]
+
+    def _row(self, message: Message, answers: str | None) -> OutboxRow:
+        cause_id = self.cause.id if self.cause else None
+        if isinstance(message, RunJob):
+            subject, about = run_job_subject(message.endpoint_id), message.job_id
+        else:
+            subject = event_subject(message, owner=self.owner, command_id=cause_id)
+            outcome = isinstance(message, Rejected | Completed)
+            about = (cause_id or "") if outcome else aggregate_of(message)[1]
+        framed = cloud.wrap(
+            message,
+            type=type_of(message, self.owner),
+            source=self.owner,
+            subject=about,
+            now=self.now,
+            cause=self.cause,
+            answers=answers,
+        )
+        return OutboxRow(framed.id, subject, cloud.encode(framed), cause_id)
+
+
+class UnitOfWork:
+    def __init__(
+        self, owner: str, pool: asyncpg.Pool[Any], outbox: Outbox, clock: Clock = utc_now
+    ) -> None:
+        self.owner = owner
+        self.pool = pool
+        self._outbox = outbox
+        self._clock = clock
+
+    async def process(self, envelope: Envelope, handler: Handler) -> None:
+        """Does the work of one message exactly once, however often it is delivered.
+
+        Raises what the handler raises, except Rejected, which becomes the message's outcome."""
+        message = payload(envelope)
+        try:
+            done = await self._transact(envelope, lambda tx: handler(message, tx))
+        except errors.Rejected as refusal:
+            outcome = Rejected(
+                code=refusal.code, message=refusal.message, command_type=envelope.type
+            )
+            done = await self._transact(envelope, lambda tx: _emit(tx, outcome))
+        if not done:
+            await self._answer_again(envelope)
+
+    async def run(self, work: Callable[[Tx], Awaitable[None]]) -> None:
+        """A transaction that no message caused: a timer, a finished download, a dead worker."""
+        await self._transact(None, work)
+
+    async def refuse(self, envelope: Envelope, code: str, message: str) -> None:
+        """Answers the caller of a command that can't be handled at all."""
+        outcome = Rejected(code=code, message=message, command_type=envelope.type)
+        await self._transact(envelope, lambda tx: _emit(tx, outcome))
+
+    async def _transact(
+        self, envelope: Envelope | None, work: Callable[[Tx], Awaitable[None]]
+    ) -> bool:
+        async with self.pool.acquire() as connection, connection.transaction():
+            if envelope and not await _claim(connection, envelope):
+                return False
+            tx = Tx(self.owner, connection, self._clock(), envelope)
+            await work(tx)
+            rows = await store(connection, tx.rows())
+        await self._outbox.publish(rows)
+        for callback in tx.after_commit:
+            await callback()
+        return True
+
+    async def _answer_again(self, envelope: Envelope) -> None:
+        """A message that was done before: whoever waits for its answer gets the same one."""
+        async with self.pool.acquire() as connection:
+            records = await connection.fetch(
+                """
+                SELECT message_id, subject, body, command_id, id FROM outbox
+                WHERE command_id = $1 AND subject LIKE 'evt.%' ORDER BY id
+                """,
+                envelope.id,
+            )
+        await self._outbox.publish([OutboxRow(**dict(record)) for record in records])
+
+
+async def _claim(connection: Any, envelope: Envelope) -> bool:
+    """True for the first who handles this message. A second one waits here for the first."""
+    return bool(
+        await connection.fetchval(
+            """
+            INSERT INTO inbox (message_id, type) VALUES ($1, $2)
+            ON CONFLICT DO NOTHING RETURNING true
+            """,
+            envelope.id,
+            envelope.type,
+        )
+    )
+
+
+async def _emit(tx: Tx, message: Message) -> None:
+    tx.emit(message)

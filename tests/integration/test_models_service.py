@@ -1,0 +1,682 @@
+"""The models service as a process of its own: commands in, events out, bytes in a real S3."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import nats
+import pytest
+from aiohttp import web
+from nats.aio.client import Client
+
+from deploy.local.installation import MODELS_BUCKET, REPOSITORY, Installation
+from deploy.local.stack import Stack
+from shared.contracts import envelope as cloud
+from shared.contracts import models
+from shared.contracts.envelope import Command, Completed, Envelope, Message, Rejected, new_id
+from shared.contracts.models import Checkpoint, PartTag, UploadFile
+from shared.contracts.registry import payload, type_of
+from shared.contracts.subjects import COMMANDS, EVENTS, command_subject
+from shared.objects import Objects
+from shared.settings import ObjectSettings
+
+MIB = 1024**2
+T = TypeVar("T", bound=Message)
+
+
+@pytest.fixture(scope="module")
+def stack() -> Iterator[Stack]:
+    with tempfile.TemporaryDirectory(prefix="darkroom-models-") as folder:
+        stack = Stack(Path(folder) / "home", services=False, random_ports=True)
+        with stack:
+            yield stack
+        stack.delete()
+
+
+class Bucket:
+    """The models bucket as somebody of the installation may use it."""
+
+    def __init__(self, objects: Objects) -> None:
+        self.client = objects.client
+
+    async def put_part(self, upload: models.MultipartUpload, number: int, body: bytes) -> PartTag:
+        answer = await self.client.upload_part(
+            Bucket=upload.bucket,
+            Key=upload.key,
+            UploadId=upload.upload_id,
+            PartNumber=number,
+            Body=body,
+        )
+        return PartTag(ETag=answer["ETag"], PartNumber=number)
+
+    async def read(self, key: str) -> bytes:
+        answer = await self.client.get_object(Bucket=MODELS_BUCKET, Key=key)
+        body: bytes = await answer["Body"].read()
+        return body
+
+    async def keys(self, part: str) -> list[str]:
+        answer = await self.client.list_objects_v2(Bucket=MODELS_BUCKET)
+        return [item["Key"] for item in answer.get("Contents", []) if part in item["Key"]]
+
+    async def uploads(self, part: str) -> list[str]:
+        answer = await self.client.list_multipart_uploads(Bucket=MODELS_BUCKET)
+        return [item["Key"] for item in answer.get("Uploads", []) if part in item["Key"]]
+
+
+@contextlib.asynccontextmanager
+async def bucket_as(installation: Installation, identity: str) -> AsyncIterator[Bucket]:
+    key = installation.secrets.s3[identity]
+    settings = ObjectSettings(
+        s3_url=installation.s3_url, s3_access_key=key.access_key, s3_secret_key=key.secret_key
+    )
+    async with Objects(settings).open() as objects:
+        yield Bucket(objects)
+
+
+@pytest.fixture(scope="module")
+async def gateway_bucket(stack: Stack) -> AsyncIterator[Bucket]:
+    """With the rights that presigned URLs carry."""
+    async with bucket_as(stack.installation, "gateway") as bucket:
+        yield bucket
+
+
+@pytest.fixture(scope="module")
+async def bucket(stack: Stack) -> AsyncIterator[Bucket]:
+    async with bucket_as(stack.installation, "admin") as bucket:
+        yield bucket
+
+
+class Hosts:
+    """Three servers on loopback, of which only `allowed` may be downloaded from."""
+
+    def __init__(self, allowed: int, forbidden: int) -> None:
+        self.allowed = f"http://127.0.0.1:{allowed}"
+        self.forbidden = f"http://127.0.0.1:{forbidden}"
+        self.by_name = f"http://localhost:{allowed}"
+        self.by_number = f"http://2130706433:{allowed}"
+        self.visits_of_forbidden = 0
+        self.stalled = asyncio.Event()
+        self.go_on = asyncio.Event()
+
+
+@pytest.fixture(scope="module")
+async def hosts() -> AsyncIterator[Hosts]:
+    state = Hosts(0, 0)
+
+    async def file(request: web.Request) -> web.Response:
+        return web.Response(body=content(int(request.query["size"])))
+
+    async def named(request: web.Request) -> web.Response:
+        disposition = f'attachment; filename="{request.query["name"]}"'
+        return web.Response(body=b"bytes", headers={"Content-Disposition": disposition})
+
+    async def redirect(request: web.Request) -> web.Response:
+        return web.Response(status=302, headers={"Location": request.query["to"]})
+
+    async def hop(request: web.Request) -> web.Response:
+        left = int(request.query["left"])
+        to = f"/hop?left={left - 1}" if left else "/files/hopped.pth?size=10"
+        return web.Response(status=307, headers={"Location": to})
+
+    async def page(_: web.Request) -> web.Response:
+        return web.Response(text="<html>log in</html>", content_type="text/html")
+
+    async def endless(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        while True:
+            await response.write(bytes(MIB))
+
+    async def stalling(request: web.Request) -> web.StreamResponse:
+        """Stops in the middle until it may go on."""
+        response = web.StreamResponse()
+        await response.prepare(request)
+        whole = content(20 * MIB)
+        await response.write(whole[: 12 * MIB])
+        state.stalled.set()
+        await state.go_on.wait()
+        await response.write(whole[12 * MIB :])
+        return response
+
+    async def secret(_: web.Request) -> web.Response:
+        state.visits_of_forbidden += 1
+        return web.Response(body=b"secret")
+
+    async with contextlib.AsyncExitStack() as running:
+        ports = []
+        for routes in (
+            {
+                "/files/{name}": file,
+                "/named": named,
+                "/redirect": redirect,
+                "/hop": hop,
+                "/page.pth": page,
+                "/endless.pth": endless,
+                "/stalling.pth": stalling,
+            },
+            {"/secret.pth": secret},
+        ):
+            app = web.Application()
+            for path, handler in routes.items():
+                app.router.add_get(path, handler)
+            runner = web.AppRunner(app, shutdown_timeout=0.1)
+            await runner.setup()
+            running.push_async_callback(runner.cleanup)
+            await web.TCPSite(runner, "127.0.0.1", 0).start()
+            ports.append(runner.addresses[0][1])
+        Hosts.__init__(state, *ports)
+        yield state
+
+
+def content(size: int) -> bytes:
+    """Bytes that differ from block to block."""
+    return b"".join(i.to_bytes(8, "big") for i in range(size // 8 + 1))[:size]
+
+
+class Models:
+    """The service's process, and a client that sends it commands and follows its events."""
+
+    def __init__(self, installation: Installation, client: Client, settings: dict[str, str]):
+        self.installation = installation
+        self.events: list[tuple[Envelope, Message]] = []
+        self.process: subprocess.Popen[bytes] | None = None
+        self._settings = settings
+        self._js = client.jetstream()
+        self._arrived = asyncio.Event()
+
+    async def follow(self) -> None:
+        async def receive(message: Any) -> None:
+            envelope = cloud.decode(message.data)
+            self.events.append((envelope, payload(envelope)))
+            self._arrived.set()
+
+        await self._js.subscribe("evt.models.>", stream=EVENTS, ordered_consumer=True, cb=receive)
+
+    def start(self, **more: str) -> None:
+        installation = self.installation
+        key = installation.secrets.s3["models"]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "services.models"],
+            env={
+                **{n: os.environ[n] for n in ("PATH", "HOME", "LANG") if n in os.environ},
+                "DARKROOM_NATS_URL": installation.nats_url,
+                "DARKROOM_NATS_USER": "models",
+                "DARKROOM_NATS_PASSWORD": installation.secrets.nats["models"],
+                "DARKROOM_POSTGRES_URL": installation.postgres_url("models"),
+                "DARKROOM_S3_URL": installation.s3_url,
+                "DARKROOM_S3_ACCESS_KEY": key.access_key,
+                "DARKROOM_S3_SECRET_KEY": key.secret_key,
+                "DARKROOM_DOWNLOAD_SCHEMES": "https,http",
+                "DARKROOM_DOWNLOAD_MAX_BYTES": str(32 * MIB),
+                "DARKROOM_DOWNLOAD_LEASE_SECONDS": "2",
+                "DARKROOM_SWEEP_SECONDS": "1",
+                **self._settings,
+                **more,
+            },
+            cwd=REPOSITORY,
+            stdout=installation.log("models").open("ab"),
+            stderr=subprocess.STDOUT,
+        )
+
+    def kill(self) -> None:
+        assert self.process
+        self.process.kill()
+        self.process.wait()
+
+    async def stop(self) -> None:
+        assert self.process
+        self.process.terminate()
+        assert await asyncio.to_thread(self.process.wait, 20) == 0
+
+    async def publish(self, command: Command) -> Envelope:
+        name = type_of(command)
+        framed = cloud.wrap(command, type=name, source="test", subject="test", actor="admin")
+        await self.publish_again(framed)
+        return framed
+
+    async def publish_again(self, framed: Envelope) -> None:
+        await self._js.publish(command_subject(framed.type), cloud.encode(framed))
+
+    async def send(self, command: Command) -> Message:
+        """The answer."""
+        framed = await self.publish(command)
+        return (await self.answers(framed))[-1]
+
+    async def answers(self, framed: Envelope) -> list[Message]:
+        def found() -> list[Message]:
+            return [event for envelope, event in self.events if envelope.answers == framed.id]
+
+        await self.wait(lambda: bool(found()), f"answer to {framed.type}")
+        return found()
+
+    async def commands_left(self) -> int:
+        """How many are not yet acknowledged."""
+        info = await self._js.consumer_info(COMMANDS, "models")
+        return (info.num_pending or 0) + (info.num_ack_pending or 0)
+
+    async def refused(self, command: Command) -> tuple[str, str]:
+        answer = await self.send(command)
+        assert isinstance(answer, Rejected), answer
+        return answer.code, answer.message
+
+    def last(self, checkpoint_id: str) -> Checkpoint:
+        found = [e for _, e in self.events if isinstance(e, Checkpoint)]
+        return [event for event in found if event.checkpoint_id == checkpoint_id][-1]
+
+    async def wait_status(self, checkpoint_id: str, status: str, seconds: float = 30) -> Checkpoint:
+        await self.wait(lambda: self.last(checkpoint_id).status == status, status, seconds)
+        return self.last(checkpoint_id)
+
+    async def wait(self, condition: Callable[[], bool], what: str, seconds: float = 30) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            if time.monotonic() > end:
+                raise AssertionError(f"no {what}\n{self.log()[-5000:]}")
+            self._arrived.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._arrived.wait(), 0.1)
+
+    def log(self) -> str:
+        return self.installation.log("models").read_text()
+
+
+@pytest.fixture(scope="module")
+async def service(stack: Stack, hosts: Hosts) -> AsyncIterator[Models]:
+    installation = stack.installation
+    client = await nats.connect(
+        installation.nats_url,
+        user="admin",
+        password=installation.secrets.nats["admin"],
+        inbox_prefix=b"_INBOX_admin",
+    )
+    allowed = hosts.allowed.removeprefix("http://")
+    service = Models(installation, client, {"DARKROOM_DOWNLOAD_ALLOWED_HOSTS": allowed})
+    await service.follow()
+    service.start()
+    yield service
+    service.kill()
+    await client.close()
+
+
+def upload(
+    filename: str, parts: int = 1, type: str = "Stable-diffusion", **more: Any
+) -> models.CreateCheckpoint:
+    return models.CreateCheckpoint(
+        checkpoint_id=new_id(),
+        checkpoint_type=type,
+        creator="admin",
+        filenames=[UploadFile(filename=filename, parts_number=parts)],
+        **more,
+    )
+
+
+def download(*urls: str, type: str = "ControlNet") -> models.CreateCheckpoint:
+    return models.CreateCheckpoint(
+        checkpoint_id=new_id(), checkpoint_type=type, creator="admin", urls=list(urls)
+    )
+
+
+async def made(service: Models, bucket: Bucket, command: models.CreateCheckpoint) -> Checkpoint:
+    """An Active checkpoint of small files."""
+    created = await service.send(command)
+    assert isinstance(created, models.CheckpointCreated), created
+    tags = {
+        filename: [await bucket.put_part(upload, 1, filename.encode())]
+        for filename, upload in created.multipart_upload.items()
+    }
+    active = await service.send(
+        models.CompleteCheckpoint(checkpoint_id=command.checkpoint_id, multi_parts_tags=tags)
+    )
+    assert isinstance(active, models.CheckpointActivated), active
+    return active
+
+
+async def eventually(look: Callable[[], Any], wanted: Any, seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while (found := await look()) != wanted:
+        assert time.monotonic() < end, f"{found} and never {wanted}"
+        await asyncio.sleep(0.1)
+
+
+async def test_upload_with_wrong_parts_stays_completable(
+    service: Models, gateway_bucket: Bucket
+) -> None:
+    params = {"note": msgspec.Raw(b'{"b": 1.50, "a": [1e400, "\\u00e9"]}')}
+    command = upload("big.safetensors", 2, message="hello", params=params)
+    created = await service.send(command)
+    assert isinstance(created, models.CheckpointCreated), created
+    assert (created.status, created.names, created.version) == ("Initial", ["big.safetensors"], 1)
+    prefix = f"Stable-diffusion/checkpoint/custom/{command.checkpoint_id}"
+    assert created.s3_location == f"s3://{MODELS_BUCKET}/{prefix}"
+    target = created.multipart_upload["big.safetensors"]
+    assert (target.key, target.parts_number) == (f"{prefix}/big.safetensors", 2)
+
+    bodies = content(5 * MIB), b"the rest"
+    first = await gateway_bucket.put_part(target, 1, bodies[0])
+    second = await gateway_bucket.put_part(target, 2, bodies[1])
+    wrong = PartTag(PartNumber=2, ETag=f'"{"0" * 32}"')
+
+    async def complete(**tags: list[PartTag]) -> tuple[str, str]:
+        renamed = {name.replace("__", "."): parts for name, parts in tags.items()}
+        return await service.refused(
+            models.CompleteCheckpoint(checkpoint_id=command.checkpoint_id, multi_parts_tags=renamed)
+        )
+
+    code, text = await complete(big__safetensors=[first, wrong])
+    assert code == "models.part_mismatch"
+    assert "big.safetensors" in text
+    assert "part 2" in text
+    _, text = await complete(big__safetensors=[second, first])
+    assert "part 1 is listed after part 2" in text
+    _, text = await complete(big__safetensors=[first])
+    assert "part 2 was uploaded but is not listed" in text
+    assert (await complete(other=[first]))[0] == "models.unknown_file"
+    assert (await complete())[0] == "models.missing_file"
+
+    done = models.CompleteCheckpoint(
+        checkpoint_id=command.checkpoint_id,
+        multi_parts_tags={"big.safetensors": [first, second]},
+    )
+    active = await service.send(done)
+    assert isinstance(active, models.CheckpointActivated), active
+    assert active.status == "Active"
+    assert [(f.filename, f.size) for f in active.files] == [("big.safetensors", 5 * MIB + 8)]
+    assert (await service.refused(done))[0] == "models.not_uploading"
+    # What the client sent comes back from the table as it was, even where no float can hold it.
+    assert (active.message, set(active.params)) == ("hello", {"note"})
+    assert b'"b": 1.50' in bytes(active.params["note"])
+
+
+async def test_completed_bytes_are_those_that_were_sent(
+    service: Models, gateway_bucket: Bucket, bucket: Bucket
+) -> None:
+    command = upload("two.pt")
+    files = [UploadFile(filename="two.pt"), UploadFile(filename="models [v1].yaml")]
+    checkpoint = await made(
+        service, gateway_bucket, msgspec.structs.replace(command, filenames=files)
+    )
+    for file in checkpoint.files:
+        assert await bucket.read(file.key) == file.filename.encode()
+    refusal = await service.refused(
+        models.RenameCheckpoint(checkpoint_id=command.checkpoint_id, name="x")
+    )
+    assert refusal[0] == "models.not_renamable"
+
+
+async def test_a_name_is_used_once_per_type(service: Models, gateway_bucket: Bucket) -> None:
+    sent = [await service.publish(upload("taken.safetensors")) for _ in range(4)]
+    answers = [(await service.answers(framed))[0] for framed in sent]
+    winners = [a for a in answers if isinstance(a, models.CheckpointCreated)]
+    losers = [a for a in answers if isinstance(a, Rejected)]
+    assert (len(winners), len(losers)) == (1, 3)
+    assert losers[0].code == "models.name_taken"
+    assert losers[0].message == (
+        "taken.safetensors already exists, please use another or rename/delete exists"
+    )
+    other = await service.send(upload("taken.safetensors", type="Lora"))
+    assert isinstance(other, models.CheckpointCreated)
+    await service.send(models.DeleteCheckpoints(checkpoint_ids=[winners[0].checkpoint_id]))
+    again = await made(service, gateway_bucket, upload("taken.safetensors"))
+
+    renamed = await service.send(
+        models.RenameCheckpoint(checkpoint_id=again.checkpoint_id, name="renamed.safetensors")
+    )
+    assert isinstance(renamed, models.CheckpointChanged)
+    assert renamed.names == ["renamed.safetensors"]
+    assert renamed.files[0].key == again.files[0].key
+    third = await made(service, gateway_bucket, upload("taken.safetensors"))
+    refusal = await service.refused(
+        models.RenameCheckpoint(checkpoint_id=third.checkpoint_id, name="renamed.safetensors")
+    )
+    assert refusal[0] == "models.name_taken"
+
+
+async def test_bad_requests_say_what_is_wrong_and_leave_nothing(
+    service: Models, bucket: Bucket
+) -> None:
+    for command, told in (
+        (upload("../../etc/passwd"), "path"),
+        (upload("x", type="Chequepoint"), "Stable-diffusion"),
+        (upload("x", parts=0), "parts_number"),
+        (download("ftp://host/x"), "https://"),
+        (upload("nul", params={"a": msgspec.Raw(b'"\\u0000"')}), "checkpoint"),
+        (msgspec.structs.replace(upload("x"), filenames=[]), "urls"),
+        (msgspec.structs.replace(upload("x"), checkpoint_id="../x"), "checkpoint_id"),
+    ):
+        code, text = await service.refused(command)
+        assert code == "models.invalid"
+        assert told in text
+        assert await bucket.uploads(command.checkpoint_id) == []
+
+
+async def test_set_checkpoint_status(service: Models, gateway_bucket: Bucket) -> None:
+    id_ = (await made(service, gateway_bucket, upload("switch.pt"))).checkpoint_id
+
+    async def set_to(status: str) -> Message:
+        return await service.send(models.SetCheckpointStatus(checkpoint_id=id_, status=status))
+
+    assert isinstance(await set_to("Disabled"), models.CheckpointChanged)
+    assert service.last(id_).status == "Disabled"
+    assert isinstance(await set_to("Disabled"), Completed)
+    await set_to("Active")
+    assert service.last(id_).status == "Active"
+    assert (service.last(id_).version, isinstance(await set_to("Creating"), Rejected)) == (4, True)
+    code, _ = await service.refused(
+        models.SetCheckpointStatus(checkpoint_id="unknown", status="Active")
+    )
+    assert code == "models.not_found"
+
+
+async def test_delete_removes_bytes_and_uploads_of_those_named_only(
+    service: Models, gateway_bucket: Bucket, bucket: Bucket
+) -> None:
+    gone = await made(service, gateway_bucket, upload("gone.pt"))
+    stays = await made(service, gateway_bucket, upload("stays.pt"))
+    begun = await service.send(upload("begun.pt"))
+    assert isinstance(begun, models.CheckpointCreated)
+    await gateway_bucket.put_part(begun.multipart_upload["begun.pt"], 1, b"x")
+    assert await bucket.uploads(begun.checkpoint_id)
+
+    ids = [gone.checkpoint_id, "unknown", begun.checkpoint_id]
+    await service.send(models.DeleteCheckpoints(checkpoint_ids=ids))
+    assert service.last(gone.checkpoint_id).deleted
+    assert service.last(begun.checkpoint_id).deleted
+    await eventually(lambda: bucket.keys(gone.checkpoint_id), [])
+    await eventually(lambda: bucket.uploads(begun.checkpoint_id), [])
+    assert await bucket.keys(stays.checkpoint_id)
+    again = await service.send(models.DeleteCheckpoints(checkpoint_ids=ids))
+    assert isinstance(again, Completed)
+
+
+async def test_a_message_delivered_twice_is_done_once(service: Models, bucket: Bucket) -> None:
+    command = upload("twice.pt")
+    framed = await service.publish(command)
+    await service.publish_again(framed)
+    await eventually(service.commands_left, 0)
+    created = [event for envelope, event in service.events if envelope.causation_id == framed.id]
+    assert [type(event) for event in created] == [models.CheckpointCreated]
+    assert len(await bucket.uploads(command.checkpoint_id)) == 1
+
+
+async def test_a_command_that_died_half_way_is_done_again_cleanly(
+    service: Models, gateway_bucket: Bucket, bucket: Bucket
+) -> None:
+    command = upload("half.pt")
+    key = f"Stable-diffusion/checkpoint/custom/{command.checkpoint_id}/half.pt"
+    await bucket.client.create_multipart_upload(Bucket=MODELS_BUCKET, Key=key)
+    created = await service.send(command)
+    assert isinstance(created, models.CheckpointCreated)
+    assert len(await bucket.uploads(command.checkpoint_id)) == 1
+
+    target = created.multipart_upload["half.pt"]
+    tag = await gateway_bucket.put_part(target, 1, b"12345")
+    await bucket.client.complete_multipart_upload(
+        Bucket=target.bucket,
+        Key=target.key,
+        UploadId=target.upload_id,
+        MultipartUpload={"Parts": [{"ETag": tag.ETag, "PartNumber": 1}]},
+    )  # … and the service dies before its commit
+    active = await service.send(
+        models.CompleteCheckpoint(
+            checkpoint_id=command.checkpoint_id, multi_parts_tags={"half.pt": [tag]}
+        )
+    )
+    assert isinstance(active, models.CheckpointActivated), active
+    assert active.files[0].size == 5
+
+
+async def test_an_object_store_that_is_away_delays_and_loses_nothing(
+    stack: Stack, service: Models, gateway_bucket: Bucket, bucket: Bucket
+) -> None:
+    doomed = await made(service, gateway_bucket, upload("doomed.pt"))
+    pid = stack.kill("seaweedfs")
+    deleted = await service.send(models.DeleteCheckpoints(checkpoint_ids=[doomed.checkpoint_id]))
+    assert isinstance(deleted, models.CheckpointDeleted)
+    late = await service.send(upload("late.pt"))
+    assert isinstance(late, models.CheckpointCreated), late
+    await asyncio.to_thread(stack.wait_ready, "seaweedfs", other_than=pid)
+    await eventually(lambda: bucket.keys(doomed.checkpoint_id), [])
+    assert len(await bucket.uploads(late.checkpoint_id)) == 1
+
+
+async def test_download_follows_redirects_and_keeps_every_byte(
+    service: Models, hosts: Hosts, bucket: Bucket
+) -> None:
+    file = f"{hosts.allowed}/files/inner.bin?size={20 * MIB + 7}"
+    command = download(
+        f"{hosts.allowed}/redirect?to={file}".replace("redirect?", "redirect?n=1&", 1),
+        f"{hosts.allowed}/named?name=given name.pth",
+        f"{hosts.allowed}/hop?left=4",
+    )
+    created = await service.send(command)
+    assert isinstance(created, models.CheckpointCreated), created
+    assert created.status == "Creating"
+    active = await service.wait_status(command.checkpoint_id, "Active")
+    assert active.names == ["redirect", "given name.pth", "hop"]
+    assert [f.size for f in active.files] == [20 * MIB + 7, 5, 10]
+    assert await bucket.read(active.files[0].key) == content(20 * MIB + 7)
+    assert await bucket.uploads(command.checkpoint_id) == []
+    code, _ = await service.refused(upload("given name.pth", type="ControlNet"))
+    assert code == "models.name_taken"
+
+
+@pytest.mark.parametrize(
+    ("urls", "told"),
+    [
+        (["{forbidden}/secret.pth"], "may not reach"),
+        (["{allowed}/redirect?to={forbidden}/secret.pth"], "may not reach"),
+        (["{by_name}/files/x.pth?size=1"], "may not reach"),
+        (["{by_number}/files/x.pth?size=1"], "no valid URL"),
+        (["{allowed}/redirect?to=ftp://host/x"], "only"),
+        (["{allowed}/redirect?to=file:///etc/passwd"], "only"),
+        (["{allowed}/hop?left=5"], "more than 5 redirects"),
+        (["{allowed}/missing.pth?token=abc"], "/missing.pth: answered 404"),
+        (["{allowed}/page.pth"], "web page"),
+        (["{allowed}/files/big.pth?size=40000000"], "larger than"),
+        (["{allowed}/endless.pth"], "larger than"),
+        (["{allowed}/files/empty.pth?size=0"], "empty"),
+        (["{allowed}/named?name=.."], "can't be used"),
+        (["{allowed}/files/a.pth?size=9", "{allowed}/named?name=a.pth"], "two of the URLs"),
+        (["{allowed}/files/b.pth?size=9", "{allowed}/missing.pth"], "answered 404"),
+        (["http://nowhere.invalid/x.pth"], "three times"),
+    ],
+)
+async def test_download_that_can_not_be_done_fails_with_its_reason_and_leaves_nothing(
+    service: Models, hosts: Hosts, bucket: Bucket, urls: list[str], told: str
+) -> None:
+    command = download(*(url.format(**vars(hosts)) for url in urls), type="VAE")
+    created = await service.send(command)
+    assert isinstance(created, models.CheckpointCreated), created
+    failed = await service.wait_status(command.checkpoint_id, "Failed")
+    assert failed.error
+    assert told in failed.error
+    assert "token" not in failed.error
+    assert hosts.visits_of_forbidden == 0
+    await eventually(lambda: bucket.keys(command.checkpoint_id), [])
+    assert await bucket.uploads(command.checkpoint_id) == []
+    # Its name is free again.
+    again = await service.send(upload("a.pth", type="VAE"))
+    assert isinstance(again, models.CheckpointCreated)
+    await service.send(models.DeleteCheckpoints(checkpoint_ids=[again.checkpoint_id]))
+
+
+async def test_download_begins_again_after_a_crash_and_ends_when_it_is_deleted(
+    service: Models, hosts: Hosts, bucket: Bucket
+) -> None:
+    command = download(f"{hosts.allowed}/stalling.pth", type="Upscaler")
+    await service.send(command)
+    await asyncio.wait_for(hosts.stalled.wait(), 20)
+    await eventually(
+        lambda: bucket.uploads(command.checkpoint_id), [f"{key(command)}/stalling.pth"]
+    )
+    service.kill()
+    hosts.stalled.clear()
+    service.start()
+    await asyncio.wait_for(hosts.stalled.wait(), 20)
+    await service.stop()
+    assert await bucket.uploads(command.checkpoint_id) == []
+    hosts.go_on.set()
+    service.start()
+    active = await service.wait_status(command.checkpoint_id, "Active")
+    assert active.version == 2
+    assert await bucket.read(active.files[0].key) == content(20 * MIB)
+    assert await bucket.uploads(command.checkpoint_id) == []
+
+    hosts.stalled.clear()
+    hosts.go_on.clear()
+    second = download(f"{hosts.allowed}/stalling.pth", type="VAE")
+    await service.send(second)
+    await asyncio.wait_for(hosts.stalled.wait(), 20)
+    await service.send(models.DeleteCheckpoints(checkpoint_ids=[second.checkpoint_id]))
+    await eventually(lambda: bucket.uploads(second.checkpoint_id), [])
+    hosts.go_on.set()
+    await asyncio.sleep(1)
+    assert await bucket.keys(second.checkpoint_id) == []
+    assert service.last(second.checkpoint_id).deleted
+
+
+def key(command: models.CreateCheckpoint) -> str:
+    return f"{command.checkpoint_type}/checkpoint/custom/{command.checkpoint_id}"
+
+
+async def test_uploads_that_are_never_completed_expire(service: Models, bucket: Bucket) -> None:
+    orphan = f"Lora/checkpoint/custom/{new_id()}/orphan.pt"
+    await bucket.client.create_multipart_upload(Bucket=MODELS_BUCKET, Key=orphan)
+    foreign = "elsewhere/of/somebody"
+    await bucket.client.create_multipart_upload(Bucket=MODELS_BUCKET, Key=foreign)
+    command = upload("forgotten.pt")
+    await service.send(command)
+    active = next(e for _, e in service.events if isinstance(e, models.CheckpointActivated))
+    await service.stop()
+    service.start(DARKROOM_UPLOAD_EXPIRES_HOURS="0.001")
+    await service.wait(lambda: service.last(command.checkpoint_id).deleted, "expiry")
+    assert "not completed" in (service.last(command.checkpoint_id).error or "")
+    await eventually(lambda: bucket.uploads(""), [foreign])
+    assert active.files[0].key in await bucket.keys("")
+    await service.stop()
+    service.start()
+
+
+async def test_resync_tells_the_state_of_all_even_of_the_deleted(service: Models) -> None:
+    known = {e.checkpoint_id: e for _, e in service.events if isinstance(e, Checkpoint)}
+    framed = await service.publish(models.ResyncModels())
+    await service.answers(framed)
+    synced = {
+        event.checkpoint_id: event
+        for envelope, event in service.events
+        if envelope.causation_id == framed.id and isinstance(event, models.CheckpointSynced)
+    }
+    assert synced.keys() == known.keys()
+    for checkpoint_id, event in synced.items():
+        for field in ("version", "deleted", "status", "names", "files", "error"):
+            assert getattr(event, field) == getattr(known[checkpoint_id], field)

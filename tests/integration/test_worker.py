@@ -1,0 +1,328 @@
+"""Workers as processes that are killed for real, on real NATS and S3 and with the real ledger. Only
+the engine is a fake one: `fake_engine.py` does in its process what the params tell it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import msgspec
+import psutil
+import pytest
+
+from deploy.local.installation import JOBS_BUCKET, MODELS_BUCKET
+from deploy.local.processes import http_status
+from deploy.local.stack import Stack
+from shared.contracts import endpoints, inference
+from shared.contracts.endpoints import ReportInstance
+from shared.contracts.registry import payload
+from shared.contracts.subjects import JOBS, jobs_durable
+from tests.integration.inference_bus import Bus, until
+
+
+@pytest.fixture(scope="module")
+def folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="darkroom-worker-") as name:
+        yield Path(name)
+
+
+@pytest.fixture(scope="module")
+def servers(folder: Path) -> Iterator[Stack]:
+    stack = Stack(folder / "home", services=False, random_ports=True)
+    with stack:
+        yield stack
+    stack.delete()
+
+
+@pytest.fixture(scope="module")
+async def bus(servers: Stack, folder: Path) -> AsyncIterator[Bus]:
+    async with Bus(servers, folder).open() as bus:
+        await bus.start_ledger()
+        yield bus
+
+
+class Pool:
+    """An endpoint and its workers."""
+
+    def __init__(self, bus: Bus, endpoint: endpoints.Endpoint, cache: Path) -> None:
+        self.bus = bus
+        self.endpoint = endpoint
+        self.cache = cache
+        self.workers: list[subprocess.Popen[bytes]] = []
+
+    async def start(self, **settings: object) -> subprocess.Popen[bytes]:
+        """Returns once the worker has reported that it is ready."""
+        name = f"worker-{self.endpoint.endpoint_id[:8]}-{len(self.workers)}"
+        worker = self.bus.start(
+            "services.inference.worker",
+            "worker",
+            name,
+            **{
+                "endpoint_id": self.endpoint.endpoint_id,
+                "instance_id": name,
+                "cache": self.cache,
+                "engine": "tests.integration.fake_engine:Engine",
+                **settings,
+            },
+        )
+        self.workers.append(worker)
+        await until(lambda: self._says(worker, "ready"))
+        return worker
+
+    async def _says(self, worker: subprocess.Popen[bytes], status: str) -> bool:
+        assert worker.poll() is None
+        return any(r.pid == worker.pid and r.status == status for r in await self.reports())
+
+    async def reports(self) -> list[ReportInstance]:
+        """What workers said to the endpoints service, which is not here to read it."""
+        found: list[ReportInstance] = []
+        state = (await self.bus.js.stream_info("COMMANDS")).state
+        for number in range(state.first_seq, state.last_seq + 1):
+            with contextlib.suppress(Exception):  # those of others are gone
+                message = await self.bus.js.get_msg("COMMANDS", number)
+                report = payload(msgspec.json.decode(message.data or b"", type=_Envelope))  # type: ignore[arg-type]
+                if isinstance(report, ReportInstance):
+                    found.append(report)
+        return found
+
+    async def run(self, params: dict[str, object], *, seconds: float = 40) -> inference.Job:
+        job_id = await self.begin(params)
+        return await self.bus.end_of(job_id, seconds=seconds)
+
+    async def begin(self, params: dict[str, object]) -> str:
+        return await self.bus.run_job(self.endpoint, msgspec.json.encode(params))
+
+    async def taken(self, job_id: str, attempt: int = 1) -> inference.JobTaken:
+        return await self.bus.wait(
+            inference.JobTaken, lambda job, _: job.job_id == job_id and job.attempt == attempt
+        )
+
+    def stop(self) -> None:
+        for worker in self.workers:
+            worker.kill()
+            worker.wait()
+
+
+class _Envelope(msgspec.Struct):
+    type: str
+    data: msgspec.Raw
+
+
+@pytest.fixture
+async def pool(bus: Bus, folder: Path) -> AsyncIterator[Pool]:
+    pool = Pool(bus, await bus.make_endpoint(), folder / "cache")
+    yield pool
+    pool.stop()
+
+
+def engine_of(worker: subprocess.Popen[bytes]) -> psutil.Process:
+    (engine,) = psutil.Process(worker.pid).children()
+    return engine
+
+
+async def test_a_job_is_fetched_run_uploaded_and_reported(bus: Bus, pool: Pool) -> None:
+    await pool.start()
+    checkpoint = await bus.make_checkpoint(b"real weights")
+    params = msgspec.json.encode({"images": 2, "steps": 40, "seconds": 0.6})
+    job_id = await bus.run_job(pool.endpoint, params, checkpoint)
+    done = await bus.end_of(job_id)
+    assert (done.status, done.attempt, done.reason) == ("succeed", 1, None)
+    assert done.image_names == ["image_0.png", "image_1.png"]
+    assert done.info_name == f"{job_id}_param.json"
+    assert done.warnings == ["a warning"]
+    assert list(done.seconds) == ["fetch", "render", "upload"]
+    assert len(await bus.keys(job_id)) == 4
+    stored = await bus.objects.client.get_object(
+        Bucket=JOBS_BUCKET, Key=f"out/{job_id}/result/{job_id}_param.json"
+    )
+    info = msgspec.json.decode(await stored["Body"].read())
+    assert info["files"][checkpoint.checkpoint_id] == "real weights"
+    steps = [report for report in bus.progress if report.job_id == job_id]
+    assert 4 <= len(steps) <= 9, "at most ten a second"
+    assert (steps[-1].step, steps[-1].steps, steps[-1].eta_seconds) == (40, 40, 0.0)
+    (started,) = [envelope for envelope, event in bus.events if event is bus.of(job_id)[1]]
+    (ended,) = [envelope for envelope, event in bus.events if event is done]
+    assert (ended.actor, started.actor) == ("alice", "alice")
+    assert await bus.waiting(pool.endpoint.endpoint_id) == 0
+
+
+async def test_a_worker_killed_in_the_middle_of_a_job_costs_nothing_but_time(
+    bus: Bus, pool: Pool, tmp_path: Path
+) -> None:
+    first = await pool.start()
+    attempts = tmp_path / "attempts"
+    job_id = await pool.begin({"seconds": 3, "steps": 30, "counter": str(attempts)})
+    await pool.taken(job_id)
+    engine = engine_of(first)
+    first.send_signal(signal.SIGKILL)
+    await pool.start()
+    done = await bus.end_of(job_id)
+    assert (done.status, done.attempt) == ("succeed", 2)
+    assert len(attempts.read_text().splitlines()) == 2
+    assert len(bus.of(job_id, inference.JobSucceeded)) == 1
+    assert not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE
+
+
+async def test_an_engine_that_crashes_costs_one_attempt(pool: Pool, tmp_path: Path) -> None:
+    worker = await pool.start()
+    for number, how in enumerate((signal.SIGSEGV, signal.SIGKILL, 0)):
+        counter = tmp_path / str(number)
+        done = await pool.run({"crashes": 1, "signal": how, "counter": str(counter)})
+        assert (done.status, done.attempt) == ("succeed", 2)
+    assert worker.poll() is None
+
+
+async def test_a_job_that_kills_every_engine_fails_and_the_next_one_runs(
+    bus: Bus, pool: Pool, tmp_path: Path
+) -> None:
+    await pool.start()
+    counter = tmp_path / "attempts"
+    failed = await pool.run({"crashes": 9, "counter": str(counter)})
+    assert (failed.status, failed.attempt) == ("failed", 3)
+    assert failed.reason == "the engine died 3 times on this job: signal 9 (SIGKILL)"
+    assert len(counter.read_text().splitlines()) == 3
+    assert (await pool.run({})).status == "succeed"
+    assert await bus.waiting(pool.endpoint.endpoint_id) == 0
+
+
+async def test_a_job_that_kills_every_worker_fails(bus: Bus, pool: Pool, tmp_path: Path) -> None:
+    counter = tmp_path / "attempts"
+    job_id = await pool.begin({"seconds": 30, "steps": 1, "counter": str(counter)})
+    for attempt in (1, 2, 3):
+        worker = await pool.start()
+        await pool.taken(job_id, attempt)
+        worker.kill()
+    await pool.start()
+    failed = await bus.end_of(job_id)
+    assert failed.reason == "the engine died 3 times on this job: the worker itself was ended"
+    assert (await pool.run({})).status == "succeed"
+
+
+async def test_heartbeats_go_on_while_the_engine_is_deaf(bus: Bus, pool: Pool) -> None:
+    """A second worker waits for the job all the time, and must not get it."""
+    await pool.start()
+    await pool.start()
+    job_id = await pool.begin({"deaf_seconds": 10})
+    done = await bus.end_of(job_id)
+    assert (done.status, done.attempt) == ("succeed", 1)
+    assert len(bus.of(job_id, inference.JobTaken)) == 1
+
+
+async def test_a_job_that_hangs_is_ended(pool: Pool) -> None:
+    await pool.start(job_seconds=1)
+    failed = await pool.run({"deaf_seconds": 600})
+    assert failed.reason == "the engine died 3 times on this job: no result within 1 s"
+
+
+async def test_what_can_not_be_done_fails_with_its_reason_at_once(bus: Bus, pool: Pool) -> None:
+    await pool.start()
+    failed = await pool.run({"reason": "steps is 9999; at most 150"}, seconds=5)
+    assert (failed.reason, failed.attempt) == ("steps is 9999; at most 150", 1)
+    checkpoint = await bus.make_checkpoint(None)
+    job_id = await bus.run_job(pool.endpoint, b"{}", checkpoint)
+    missing = await bus.end_of(job_id, seconds=5)
+    assert missing.reason == 'model "model.safetensors" is not in the object store any more'
+    checkpoint = await bus.make_checkpoint()
+    await bus.objects.client.put_object(
+        Bucket=MODELS_BUCKET, Key=checkpoint.files[0].key, Body=b"cut"
+    )
+    job_id = await bus.run_job(pool.endpoint, b"{}", checkpoint)
+    broken = await bus.end_of(job_id, seconds=5)
+    assert "has 3 bytes in the store, 7 were registered" in (broken.reason or "")
+
+
+async def test_a_stopped_worker_gives_its_job_to_another(bus: Bus, pool: Pool) -> None:
+    first = await pool.start()
+    job_id = await pool.begin({"seconds": 12, "steps": 12})
+    await pool.taken(job_id)
+    await pool.start()
+    began = time.monotonic()
+    first.terminate()
+    await pool.taken(job_id, 2)
+    assert time.monotonic() - began < 8, "given back, not timed out"
+    assert await asyncio.to_thread(first.wait, 10) == 0
+    assert (await bus.end_of(job_id)).attempt == 2
+
+
+async def test_a_stopping_worker_finishes_a_short_job(bus: Bus, pool: Pool) -> None:
+    worker = await pool.start()
+    job_id = await pool.begin({"seconds": 2, "steps": 2})
+    await pool.taken(job_id)
+    worker.terminate()
+    assert await asyncio.to_thread(worker.wait, 10) == 0
+    done = await bus.end_of(job_id)
+    assert (done.status, done.attempt) == ("succeed", 1)
+
+
+async def test_a_job_outlives_restarts_of_the_bus_and_of_the_store(
+    bus: Bus, pool: Pool, servers: Stack
+) -> None:
+    worker = await pool.start()
+    job_id = await pool.begin({"seconds": 3, "steps": 3})
+    await pool.taken(job_id)
+    for name in ("nats", "seaweedfs"):
+        old = await asyncio.to_thread(servers.kill, name)
+        await asyncio.to_thread(servers.wait_ready, name, other_than=old)
+    done = await bus.end_of(job_id)
+    assert (done.status, done.attempt) == ("succeed", 1)
+    assert (await pool.run({})).status == "succeed"
+
+    async def times_ready() -> bool:
+        return sum(r.pid == worker.pid for r in await pool.reports()) >= 2
+
+    await until(times_ready)
+
+
+async def test_models_are_fetched_once_and_the_oldest_make_room(bus: Bus, pool: Pool) -> None:
+    await pool.start(cache_bytes=25)
+    await pool.start(cache_bytes=25)
+    checkpoints = [await bus.make_checkpoint(f"weights {n:2}".encode()) for n in range(4)]
+
+    async def use(*used: int) -> None:
+        jobs = [await bus.run_job(pool.endpoint, b"{}", checkpoints[n]) for n in used]
+        for job_id in jobs:
+            assert (await bus.end_of(job_id)).status == "succeed"
+
+    def kept() -> list[int]:
+        ids = [checkpoint.checkpoint_id for checkpoint in checkpoints]
+        return sorted(
+            ids.index(p.parent.name) for p in pool.cache.glob("[!.]*/*") if p.parent.name in ids
+        )
+
+    await use(0, 0, 0)
+    await use(1)
+    await use(0)
+    await use(2)
+    assert kept() == [0, 2]
+    await use(3)
+    assert kept() == [2, 3]
+    logs = "".join(file.read_text() for file in bus.folder.glob("worker-*.log"))
+    assert logs.count(f'"checkpoint_id":"{checkpoints[0].checkpoint_id}","bytes"') == 2, (
+        "fetched once, evicted once"
+    )
+
+
+async def test_a_worker_ends_with_its_endpoint(bus: Bus, pool: Pool) -> None:
+    worker = await pool.start(http_port=bus.installation.ports["endpoints"])
+    port = bus.installation.ports["endpoints"]
+    assert await http_status(port, "/readyz") == 200
+    engine = engine_of(worker)
+    engine.kill()
+    await until(lambda: http_status(port, "/readyz"), 503)
+    assert (await pool.run({})).status == "succeed", "the engine is started again for it"
+    await bus.js.delete_consumer(JOBS, jobs_durable(pool.endpoint.endpoint_id))
+    assert await asyncio.to_thread(worker.wait, 20) == 0
+
+
+async def test_a_worker_without_an_engine_says_so_and_ends(bus: Bus, pool: Pool) -> None:
+    with pytest.raises(AssertionError):
+        await pool.start(engine="tests.integration.fake_engine:Missing")
+    assert await asyncio.to_thread(pool.workers[0].wait, 10) == 1
+    (report,) = [r for r in await pool.reports() if r.pid == pool.workers[0].pid]
+    assert (report.status, "has no attribute 'Missing'" in (report.error or "")) == ("failed", True)

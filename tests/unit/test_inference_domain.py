@@ -1,0 +1,167 @@
+"""The rules of the ledger, without servers."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from services.inference.domain import Checkpoint, Endpoint, Job, choose_endpoint, locate_models
+from shared.contracts import inference
+from shared.contracts.inference import UsedModel
+from shared.contracts.models import CheckpointFile
+from shared.errors import Rejected
+
+NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+
+
+def make_job(**fields: object) -> Job:
+    known = {
+        "job_id": "j",
+        "owner": "alice",
+        "inference_type": "Async",
+        "task_type": "txt2img",
+        "models": [],
+        "bucket": "b",
+        "params_key": "k",
+        "created_at": NOW,
+    }
+    return Job(**(known | fields))  # type: ignore[arg-type]
+
+
+def make_endpoint(name: str, **fields: object) -> Endpoint:
+    known = {
+        "endpoint_id": name,
+        "endpoint_name": name,
+        "endpoint_type": "Async",
+        "instance_type": "local.cpu",
+        "endpoint_status": "InService",
+        "current_instance_count": 1,
+        "error": None,
+        "version": 1,
+        "deleted": False,
+    }
+    return Endpoint(**(known | fields))  # type: ignore[arg-type]
+
+
+def make_checkpoint(**fields: object) -> Checkpoint:
+    known = {
+        "checkpoint_id": "c",
+        "type": "Lora",
+        "status": "Active",
+        "bucket": "models",
+        "files": [CheckpointFile(filename="a.safetensors", key="new/a.safetensors", size=7)],
+        "version": 1,
+        "deleted": False,
+    }
+    return Checkpoint(**(known | fields))  # type: ignore[arg-type]
+
+
+def test_a_job_says_when_each_of_its_states_began_and_counts_its_versions() -> None:
+    started = make_job().start(make_endpoint("e"), now=NOW)
+    taken = started.take(2)
+    done = taken.succeed(
+        attempt=1,
+        image_names=["image_0.png"],
+        info_name="j_param.json",
+        seconds={"render": 1.5},
+        warnings=[],
+        now=NOW + timedelta(seconds=9),
+    )
+    event = inference.JobSucceeded.of(done)
+    assert (event.version, event.status, event.attempt) == (4, "succeed", 2)
+    assert (event.started_at, event.completed_at) == (NOW, NOW + timedelta(seconds=9))
+    assert (event.endpoint_name, event.instance_type) == ("e", "local.cpu")
+
+
+def test_a_job_that_fails_before_it_runs_has_all_its_times() -> None:
+    failed = make_job().fail("no params", now=NOW)
+    assert (failed.started_at, failed.completed_at, failed.reason) == (NOW, NOW, "no params")
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        make_job(),
+        make_job(status="succeed"),
+        make_job(status="failed"),
+        make_job(status="inprogress", deleted=True),
+    ],
+)
+def test_reports_count_only_while_a_job_is_in_progress(job: Job) -> None:
+    assert not job.running
+
+
+@pytest.mark.parametrize("status", ["inprogress", "succeed", "failed"])
+def test_a_job_starts_once(status: str) -> None:
+    with pytest.raises(Rejected, match=f"{status}; only a created one"):
+        make_job(status=status).check_startable()
+
+
+def test_a_deleted_job_is_not_found() -> None:
+    with pytest.raises(Rejected, match="not found"):
+        make_job(deleted=True).check_startable()
+
+
+def test_the_endpoint_with_the_fewest_jobs_per_instance_gets_the_next() -> None:
+    small, large = make_endpoint("small"), make_endpoint("large", current_instance_count=4)
+    assert choose_endpoint([small, large], "Async", {"small": 1, "large": 3}) is large
+    assert choose_endpoint([small, large], "Async", {"small": 1, "large": 5}) is small
+
+
+@pytest.mark.parametrize(
+    "useless",
+    [
+        make_endpoint("e", deleted=True),
+        make_endpoint("e", endpoint_status="Creating"),
+        make_endpoint("e", endpoint_status="Failed"),
+        make_endpoint("e", endpoint_status="Deleting"),
+        make_endpoint("e", endpoint_type="Real-time"),
+    ],
+)
+def test_no_job_goes_to_an_endpoint_that_can_not_do_it(useless: Endpoint) -> None:
+    assert choose_endpoint([useless], "Async", {}) is None
+
+
+def test_an_endpoint_whose_workers_are_away_is_the_last_choice() -> None:
+    away, busy = make_endpoint("away", endpoint_status="Updating"), make_endpoint("busy")
+    assert choose_endpoint([away, busy], "Async", {"busy": 50}) is busy
+    assert choose_endpoint([away], "Async", {}) is away
+
+
+def test_a_renamed_checkpoint_is_found_at_its_new_place() -> None:
+    model = UsedModel(type="Lora", name="old.safetensors", checkpoint_id="c", key="old")
+    (found,) = locate_models([model], {"c": make_checkpoint()})
+    assert (found.name, found.bucket, found.key, found.size) == (
+        "old.safetensors",
+        "models",
+        "new/a.safetensors",
+        7,
+    )
+
+
+@pytest.mark.parametrize(
+    "gone",
+    [
+        {},
+        {"c": make_checkpoint(deleted=True)},
+        {"c": make_checkpoint(status="Disabled")},
+        {"c": make_checkpoint(files=[])},
+    ],
+)
+def test_a_job_can_not_start_with_a_checkpoint_that_is_gone(gone: dict[str, Checkpoint]) -> None:
+    model = UsedModel(type="Lora", name="old.safetensors", checkpoint_id="c")
+    with pytest.raises(Rejected, match=r"old.safetensors, type Lora is not found"):
+        locate_models([model], gone)
+
+
+def test_models_without_a_file_need_no_checkpoint() -> None:
+    automatic = UsedModel(type="VAE", name="Automatic")
+    assert locate_models([automatic], {}) == [automatic]
+
+
+def test_an_endpoint_that_ended_says_why() -> None:
+    assert make_endpoint("e").end is None
+    assert make_endpoint("e", deleted=True).end == 'endpoint "e" was deleted'
+    failed = make_endpoint("e", endpoint_status="Failed", error="no GPU")
+    assert failed.end == 'endpoint "e" failed: no GPU'
