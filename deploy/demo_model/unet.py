@@ -80,7 +80,7 @@ RESOLUTIONS = (
     Resolution(256, batch_size=4, pool_size=320, refreshed=1, time_bias=2.2),
 )
 # Shares of the steps each resolution gets, from a share of the training time on.
-PLAN = ((0.0, (1.0, 0.0, 0.0)), (0.4, (0.4, 0.3, 0.3)))
+PLAN = ((0.0, (1.0, 0.0, 0.0)), (0.28, (0.3, 0.35, 0.35)))
 
 
 class LatentPool:

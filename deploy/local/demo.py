@@ -6,7 +6,6 @@ Everything after "Darkroom is up" is what any client would do.
 from __future__ import annotations
 
 import base64
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from deploy.local.client import Client
-from deploy.local.installation import REPOSITORY, Installation
+from deploy.local.installation import REPOSITORY, default_home, read_env_file
 from deploy.local.weights import fetch_u2net
 
 CHECKPOINT = REPOSITORY / "deploy" / "demo_model" / "darkroom-demo.safetensors"
@@ -36,6 +35,11 @@ PARAMS: dict[str, Any] = {
     "n_iter": 1,
 }
 OUTPUT = Path("darkroom-demo")
+
+TRY_NEXT = """\
+  . .darkroom/local.env
+  curl -s $DARKROOM_URL/auth/token -H "x-api-key: $DARKROOM_API_KEY" -d \\
+    '{"username": "'$DARKROOM_ADMIN_USER'", "password": "'$DARKROOM_ADMIN_PASSWORD'"}'"""
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -56,8 +60,8 @@ class Stages:
 
 
 def main() -> None:
-    installation = Installation(Path(os.environ.get("DARKROOM_HOME", ".darkroom")))
-    settings = read_env(installation.home / "local.env")
+    home = default_home()
+    settings = read_env_file(home / "local.env")
     stages = Stages()
     with stages.stage("Logging in"):
         client = Client.log_in(
@@ -70,14 +74,9 @@ def main() -> None:
         _deploy(client, stages)
         _upload(client, stages, "Stable-diffusion", CHECKPOINT)
         picture = _render(client, stages)
-        _upload(client, stages, "rembg", fetch_u2net(installation.home / "weights"))
+        _upload(client, stages, "rembg", fetch_u2net(home / "weights"))
         _remove_background(client, stages, picture)
     _finish(settings, stages)
-
-
-def read_env(file: Path) -> dict[str, str]:
-    lines = file.read_text().splitlines()
-    return dict(line.split("=", 1) for line in lines if "=" in line and not line.startswith("#"))
 
 
 def _deploy(client: Client, stages: Stages) -> None:
@@ -151,12 +150,7 @@ def _finish(settings: dict[str, str], stages: Stages) -> None:
         console.print(f"  {seconds:6.1f} s  {name}")
     console.print(f"\nAPI        {url}\nAPI docs   {url}/docs\nEvents     {url}/events")
     console.print("Keys       .darkroom/local.env\n\nTry next:")
-    console.print(
-        '  . .darkroom/local.env && curl -s -H "x-api-key: $DARKROOM_API_KEY" '
-        f"-H 'content-type: application/json' {url}/auth/token "
-        '-d \'{"username": "\'$DARKROOM_ADMIN_USER\'", "password": "\'$DARKROOM_ADMIN_PASSWORD\'"}\'',
-        markup=False,
-    )
+    console.print(TRY_NEXT, markup=False)
     console.print("\n`just status` shows what runs, `just down` stops it.")
 
 

@@ -59,6 +59,8 @@ PASS_THROUGH = (
     "DARKROOM_WORKER_STOP_WITHIN",
     "DARKROOM_INSTANCE_TYPES",
     "DARKROOM_DEFAULT_INSTANCE_TYPE",
+    "DARKROOM_CACHE_BYTES",
+    "DARKROOM_JOB_SECONDS",
 )
 """What `settings.env` or the shell of `just up` may set for the services; the shell wins."""
 

@@ -117,6 +117,7 @@ class Stack:
                 if state and (state.services or not self._services):
                     return self._wait_until_up(was_running=True)
                 self._down()  # servers only, and now everything is wanted
+            supervisor.stop_leftovers(self.installation)
             for name, port in self.installation.move_taken_ports().items():
                 self._say(f"the port of {name} is taken by another program: it moves to {port}")
             servers.write_configuration(self.installation)
@@ -124,7 +125,6 @@ class Stack:
             return self._wait_until_up(was_running=False)
 
     def _start_supervisor(self) -> None:
-        supervisor.state_file(self.installation).unlink(missing_ok=True)
         environment = {**os.environ, **self._settings, "DARKROOM_HOME": str(self.home)}
         command = [sys.executable, "-m", "deploy.local.supervisor"]
         with open(self.installation.log("supervisor"), "ab") as log:
@@ -187,7 +187,6 @@ class Stack:
         self._reap()
         supervisor.stop_leftovers(self.installation)
         supervisor.stop_workers(self.installation)
-        supervisor.state_file(self.installation).unlink(missing_ok=True)
 
     def _reap(self) -> None:
         if self._child:

@@ -180,7 +180,6 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
-        await asyncio.to_thread(stop_leftovers, self._installation)
         self._save()
         try:
             start = asyncio.create_task(self._start())
@@ -377,7 +376,8 @@ def find_process(pid: int, started: float) -> psutil.Process | None:
 
 
 def stop_leftovers(installation: Installation) -> None:
-    """Ends the children of a supervisor that was killed, so that their ports and files are free."""
+    """Ends the children of a supervisor that was killed, and forgets them: their ports and files
+    are free then."""
     state = read_state(installation)
     found = [
         (name, process)
@@ -388,6 +388,7 @@ def stop_leftovers(installation: Installation) -> None:
         _log(f"ends {name} ({process.pid}), left behind by an earlier supervisor")
         _end(process, signal.SIGINT if name == "postgres" else signal.SIGTERM)
     servers.remove_sockets(installation)
+    state_file(installation).unlink(missing_ok=True)
 
 
 def list_workers(installation: Installation) -> list[tuple[Path, psutil.Process]]:

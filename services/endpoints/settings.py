@@ -22,6 +22,7 @@ class Settings(ServiceSettings, frozen=True, kw_only=True):
     - `logs`: where workers write, `logs` beside `run` by default.
     - `worker_command`: `{python}` is this interpreter.
     - `worker_threads`: OMP_NUM_THREADS of a worker; 0 leaves it as it is here.
+    - `cache_bytes`, `job_seconds`: handed to the workers: size of the cache, time limit of a job.
     - `worker_ready_within`, `worker_stop_within`: seconds until a worker that is not ready, or not
       gone, is killed.
     - `instance_types`: JSON, or the path of a JSON file: `{"cpu": {"device": "cpu", "max": 4}}`.
@@ -41,6 +42,8 @@ class Settings(ServiceSettings, frozen=True, kw_only=True):
     worker_cache: str
     worker_command: str = "{python} -m services.inference.worker"
     worker_threads: int = 0
+    cache_bytes: int = 64 * 1024**3
+    job_seconds: float = 3600.0
     worker_ready_within: float = 300.0
     worker_stop_within: float = 10.0
     instance_types: str = ""
@@ -68,8 +71,12 @@ class Settings(ServiceSettings, frozen=True, kw_only=True):
             "DARKROOM_S3_MODELS_BUCKET": self.s3_models_bucket,
             "DARKROOM_S3_JOBS_BUCKET": self.s3_jobs_bucket,
             "DARKROOM_CACHE": str(Path(self.worker_cache).absolute()),
+            "DARKROOM_CACHE_BYTES": str(self.cache_bytes),
+            "DARKROOM_JOB_SECONDS": str(self.job_seconds),
             "DARKROOM_HTTP_PORT": "0",
             "DARKROOM_LOG_LEVEL": self.log_level,
+            # Idle threads that spin steal the cores of whatever else runs on this machine.
+            "OMP_WAIT_POLICY": "PASSIVE",
         }
         if self.worker_threads:
             environment["OMP_NUM_THREADS"] = str(self.worker_threads)

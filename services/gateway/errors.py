@@ -39,6 +39,8 @@ STATUS: dict[str, int] = {
     "models.missing_file": 400,
     "models.part_mismatch": 400,
     "models.not_renamable": 400,
+    "models.not_complete": 400,
+    "models.invalid": 400,
     "endpoints.name_taken": 400,
     "endpoints.not_found": 404,
     "endpoints.unknown_instance_type": 400,

@@ -1,4 +1,4 @@
-"""identity's SQL. A save succeeds only on the version that was read; else the command is retried."""
+"""identity's SQL. A save succeeds only on the version that was read, else it is retried."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 from services.models.app import build
 from services.models.settings import Settings
-from shared.settings import load
+from shared.settings import ObjectSettings, load
 
-build(load(Settings)).run()
+build(load(Settings), load(ObjectSettings)).run()

@@ -9,10 +9,11 @@ from services.models.subscribers import handlers
 from services.models.upkeep import Upkeep
 from shared.objects import Objects
 from shared.service import Service
+from shared.settings import ObjectSettings
 
 
-def build(settings: Settings) -> Service:
-    objects = Objects(settings.for_objects())
+def build(settings: Settings, object_settings: ObjectSettings) -> Service:
+    objects = Objects(object_settings)
     files = FileStore(objects)
     downloader = Downloader(
         schemes=settings.schemes(),

@@ -1,21 +1,12 @@
 from __future__ import annotations
 
-from shared.settings import ObjectSettings, ServiceSettings
+from shared.settings import ServiceSettings
 
 
 class Settings(ServiceSettings, frozen=True, kw_only=True):
     """`download_schemes` and `download_allowed_hosts` are comma lists. A host (`host` or
     `host:port`) that is listed may be downloaded from even at a private address. Another process
     takes a download over `download_lease_seconds` after the death of the one that was at it."""
-
-    # The fields of ObjectSettings: a struct can't inherit from two structs.
-    s3_url: str
-    s3_access_key: str
-    s3_secret_key: str
-    s3_public_url: str = ""
-    s3_models_bucket: str = "darkroom-models"
-    s3_jobs_bucket: str = "darkroom-jobs"
-    s3_region: str = "us-east-1"
 
     upload_expires_hours: float = 24.0
     download_schemes: str = "https"
@@ -24,11 +15,6 @@ class Settings(ServiceSettings, frozen=True, kw_only=True):
     downloads_parallel: int = 2
     download_lease_seconds: float = 30.0
     sweep_seconds: float = 60.0
-
-    def for_objects(self) -> ObjectSettings:
-        return ObjectSettings(
-            **{name: getattr(self, name) for name in ObjectSettings.__struct_fields__}
-        )
 
     def schemes(self) -> frozenset[str]:
         return _items(self.download_schemes)

@@ -11,8 +11,13 @@ OWNER = "endpoints"
 REJECTIONS = {
     "endpoints.name_taken": 'Cannot create already existing model "{endpoint_name}"',
     "endpoints.not_found": 'endpoint "{endpoint_name}" not found',
-    "endpoints.unknown_instance_type": "ResourceLimitExceeded: instance type {instance_type} is unknown here; known: {known}",
-    "endpoints.quota": "ResourceLimitExceeded: {wanted} instances of {instance_type} wanted, {allowed} allowed, {used} in use",
+    "endpoints.unknown_instance_type": (
+        "ResourceLimitExceeded: instance type {instance_type} is unknown here; known: {known}"
+    ),
+    "endpoints.quota": (
+        "ResourceLimitExceeded: {wanted} instances of {instance_type} wanted, "
+        "{allowed} allowed, {used} in use"
+    ),
 }
 
 

@@ -43,7 +43,7 @@ class CreateUser(Command, frozen=True, kw_only=True):
     permissions: list[str] = []
     replace: bool = False
     initial: bool = False
-    """Only while there is no user: the first one, with all default roles (compatibility profile)."""
+    """Only while there is no user: the first one, with all default roles (ESD profile)."""
 
 
 class DeleteUsers(Command, frozen=True, kw_only=True):

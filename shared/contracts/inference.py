@@ -17,7 +17,9 @@ REJECTIONS = {
     "inference.exists": "inference {job_id} was created before with other parameters",
     "inference.not_startable": "inference {job_id} is {status}; only a created one can be started",
     "inference.no_endpoint": 'no available {inference_type} endpoints for user "{username}"',
-    "inference.params_missing": "no params at api_params_s3_upload_url yet; PUT them there before starting {job_id}",
+    "inference.params_missing": (
+        "no params at api_params_s3_upload_url yet; PUT them there before starting {job_id}"
+    ),
     "inference.checkpoint_gone": "checkpoint with name {name}, type {type} is not found",
 }
 

@@ -14,12 +14,18 @@ REJECTIONS = {
     "models.name_taken": "{name} already exists, please use another or rename/delete exists",
     "models.invalid": "{field} is not valid: {detail}",
     "models.not_found": "checkpoint with id {checkpoint_id} not found",
-    "models.not_uploading": "checkpoint {checkpoint_id} is {status}; only one in Initial can be completed",
+    "models.not_uploading": (
+        "checkpoint {checkpoint_id} is {status}; only one in Initial can be completed"
+    ),
     "models.unknown_file": "{filename} is no file of checkpoint {checkpoint_id}; it has: {known}",
     "models.missing_file": "multi_parts_tags has no entry for {filename}",
     "models.part_mismatch": "the parts of {filename} do not match what was uploaded: {detail}",
-    "models.not_complete": "checkpoint {checkpoint_id} is {status}; this needs one that is Active or Disabled",
-    "models.not_renamable": "checkpoint {checkpoint_id} has {count} files; only one with a single file can be renamed",
+    "models.not_complete": (
+        "checkpoint {checkpoint_id} is {status}; this needs one that is Active or Disabled"
+    ),
+    "models.not_renamable": (
+        "checkpoint {checkpoint_id} has {count} files; only one with a single file can be renamed"
+    ),
 }
 
 

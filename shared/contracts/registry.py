@@ -96,5 +96,6 @@ def is_command(type_name: str) -> bool:
 
 
 def payload(envelope: Envelope) -> Message:
-    """Decodes `data` by `type`. Raises KeyError for an unknown type, msgspec errors for bad data."""
+    """Decodes `data` by `type`. Raises KeyError for an unknown type, msgspec
+    errors for bad data."""
     return _DECODERS[envelope.type].decode(envelope.data)

@@ -133,7 +133,7 @@ _AGGREGATES: dict[type[Message], tuple[str, str]] = {
 
 
 def _token(text: str) -> str:
-    """Names as subject tokens: what NATS reserves (space . * > and control characters) is %-coded."""
+    """A name as one subject token: what NATS reserves (space . * > and so on) is %-coded."""
     if text.replace("-", "").replace("_", "").isalnum() and text.isascii():
         return text
     return "".join(

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import asyncpg
 import nats
+import nats.errors
 
 from deploy.local.installation import JOBS_BUCKET, MODELS_BUCKET, REPOSITORY
 from deploy.local.processes import http_status
@@ -47,6 +48,7 @@ class Bus:
         self.objects = Objects(self.object_settings("admin"))
         self.events: list[tuple[Envelope, Message]] = []
         self.progress: list[inference.JobProgress] = []
+        self.instances: list[endpoints.ReportInstance] = []
         self.processes: list[subprocess.Popen[bytes]] = []
         self.port = 0
         self._arrived = asyncio.Condition()
@@ -63,10 +65,12 @@ class Bus:
         self.js = self.client.jetstream()
         await self.js.subscribe("evt.>", stream=EVENTS, ordered_consumer=True, cb=self._on_event)
         await self.client.subscribe("progress.*", cb=self._on_progress)
+        reports = asyncio.create_task(self._take_reports())
         async with self.objects.open():
             try:
                 yield self
             finally:
+                reports.cancel()
                 for process in self.processes:
                     process.kill()
                     process.wait()
@@ -131,6 +135,17 @@ class Bus:
         report = payload(cloud.decode(message.data))
         assert isinstance(report, inference.JobProgress)
         self.progress.append(report)
+
+    async def _take_reports(self) -> None:
+        """In the place of the endpoints service."""
+        queue = await self.js.pull_subscribe_bind("endpoints", "COMMANDS")
+        while True:
+            with contextlib.suppress(nats.errors.Error, TimeoutError):
+                (message,) = await queue.fetch(1, timeout=1)
+                report = payload(cloud.decode(message.data))
+                assert isinstance(report, endpoints.ReportInstance)
+                self.instances.append(report)
+                await message.ack()
 
     async def say(self, event: State, owner: str) -> None:
         """Publishes a foreign event."""

@@ -72,24 +72,12 @@ class Pool:
             },
         )
         self.workers.append(worker)
-        await until(lambda: self._says(worker, "ready"))
+        await until(lambda: self._is_ready(worker))
         return worker
 
-    async def _says(self, worker: subprocess.Popen[bytes], status: str) -> bool:
+    async def _is_ready(self, worker: subprocess.Popen[bytes]) -> bool:
         assert worker.poll() is None
-        return any(r.pid == worker.pid and r.status == status for r in await self.reports())
-
-    async def reports(self) -> list[ReportInstance]:
-        """What workers said to the endpoints service, which is not here to read it."""
-        found: list[ReportInstance] = []
-        state = (await self.bus.js.stream_info("COMMANDS")).state
-        for number in range(state.first_seq, state.last_seq + 1):
-            with contextlib.suppress(Exception):  # those of others are gone
-                message = await self.bus.js.get_msg("COMMANDS", number)
-                report = payload(msgspec.json.decode(message.data or b"", type=_Envelope))  # type: ignore[arg-type]
-                if isinstance(report, ReportInstance):
-                    found.append(report)
-        return found
+        return any(r.pid == worker.pid and r.status == "ready" for r in self.bus.instances)
 
     async def run(self, params: dict[str, object], *, seconds: float = 40) -> inference.Job:
         job_id = await self.begin(params)
@@ -103,15 +91,13 @@ class Pool:
             inference.JobTaken, lambda job, _: job.job_id == job_id and job.attempt == attempt
         )
 
+    async def steps_of(self, job_id: str) -> bool:
+        return any(report.job_id == job_id for report in self.bus.progress)
+
     def stop(self) -> None:
         for worker in self.workers:
             worker.kill()
             worker.wait()
-
-
-class _Envelope(msgspec.Struct):
-    type: str
-    data: msgspec.Raw
 
 
 @pytest.fixture
@@ -119,6 +105,10 @@ async def pool(bus: Bus, folder: Path) -> AsyncIterator[Pool]:
     pool = Pool(bus, await bus.make_endpoint(), folder / "cache")
     yield pool
     pool.stop()
+
+
+async def _count(bus: Bus, worker: subprocess.Popen[bytes]) -> int:
+    return sum(report.pid == worker.pid for report in bus.instances)
 
 
 def engine_of(worker: subprocess.Popen[bytes]) -> psutil.Process:
@@ -142,7 +132,10 @@ async def test_a_job_is_fetched_run_uploaded_and_reported(bus: Bus, pool: Pool) 
         Bucket=JOBS_BUCKET, Key=f"out/{job_id}/result/{job_id}_param.json"
     )
     info = msgspec.json.decode(await stored["Body"].read())
-    assert info["files"][checkpoint.checkpoint_id] == "real weights"
+    assert info["files"] == {
+        "model.safetensors": "real weights",
+        checkpoint.checkpoint_id: "real weights",
+    }
     steps = [report for report in bus.progress if report.job_id == job_id]
     assert 4 <= len(steps) <= 9, "at most ten a second"
     assert (steps[-1].step, steps[-1].steps, steps[-1].eta_seconds) == (40, 40, 0.0)
@@ -157,8 +150,8 @@ async def test_a_worker_killed_in_the_middle_of_a_job_costs_nothing_but_time(
 ) -> None:
     first = await pool.start()
     attempts = tmp_path / "attempts"
-    job_id = await pool.begin({"seconds": 3, "steps": 30, "counter": str(attempts)})
-    await pool.taken(job_id)
+    job_id = await pool.begin({"seconds": 9, "steps": 90, "counter": str(attempts), "slow": 1})
+    await until(lambda: pool.steps_of(job_id), seconds=10)
     engine = engine_of(first)
     first.send_signal(signal.SIGKILL)
     await pool.start()
@@ -192,8 +185,7 @@ async def test_a_job_that_kills_every_engine_fails_and_the_next_one_runs(
 
 
 async def test_a_job_that_kills_every_worker_fails(bus: Bus, pool: Pool, tmp_path: Path) -> None:
-    counter = tmp_path / "attempts"
-    job_id = await pool.begin({"seconds": 30, "steps": 1, "counter": str(counter)})
+    job_id = await pool.begin({"seconds": 60, "steps": 600})
     for attempt in (1, 2, 3):
         worker = await pool.start()
         await pool.taken(job_id, attempt)
@@ -237,10 +229,13 @@ async def test_what_can_not_be_done_fails_with_its_reason_at_once(bus: Bus, pool
     assert "has 3 bytes in the store, 7 were registered" in (broken.reason or "")
 
 
-async def test_a_stopped_worker_gives_its_job_to_another(bus: Bus, pool: Pool) -> None:
+async def test_a_stopped_worker_gives_its_job_to_another(
+    bus: Bus, pool: Pool, tmp_path: Path
+) -> None:
     first = await pool.start()
-    job_id = await pool.begin({"seconds": 12, "steps": 12})
-    await pool.taken(job_id)
+    attempts = tmp_path / "attempts"
+    job_id = await pool.begin({"seconds": 20, "steps": 99, "counter": str(attempts), "slow": 1})
+    await until(lambda: pool.steps_of(job_id), seconds=10)
     await pool.start()
     began = time.monotonic()
     first.terminate()
@@ -271,12 +266,7 @@ async def test_a_job_outlives_restarts_of_the_bus_and_of_the_store(
         await asyncio.to_thread(servers.wait_ready, name, other_than=old)
     done = await bus.end_of(job_id)
     assert (done.status, done.attempt) == ("succeed", 1)
-    assert (await pool.run({})).status == "succeed"
-
-    async def times_ready() -> bool:
-        return sum(r.pid == worker.pid for r in await pool.reports()) >= 2
-
-    await until(times_ready)
+    assert sum(report.pid == worker.pid for report in bus.instances) >= 2, "ready, once more"
 
 
 async def test_models_are_fetched_once_and_the_oldest_make_room(bus: Bus, pool: Pool) -> None:
@@ -324,5 +314,7 @@ async def test_a_worker_without_an_engine_says_so_and_ends(bus: Bus, pool: Pool)
     with pytest.raises(AssertionError):
         await pool.start(engine="tests.integration.fake_engine:Missing")
     assert await asyncio.to_thread(pool.workers[0].wait, 10) == 1
-    (report,) = [r for r in await pool.reports() if r.pid == pool.workers[0].pid]
-    assert (report.status, "has no attribute 'Missing'" in (report.error or "")) == ("failed", True)
+    await until(lambda: _count(bus, pool.workers[0]), 1, seconds=5)
+    (report,) = [r for r in bus.instances if r.pid == pool.workers[0].pid]
+    assert report.status == "failed"
+    assert "has no attribute 'Missing'" in (report.error or "")

@@ -79,8 +79,8 @@ class Worker:
         client = broker.config.connection_state.connection
         js = client.jetstream()
         reports = Reports(self._settings, client, js)
-        if error := starting.exception():
-            return await self._give_up(error, reports, broker)
+        if death := starting.result():
+            return await self._give_up(death, reports, broker)
         jobs = Jobs(self._settings, reports, self._objects, self._cache, self._engine)
         self._pull(broker, jobs)
         await broker.start()
@@ -100,13 +100,12 @@ class Worker:
         await broker.stop()
         return 0
 
-    async def _start(self, broker: NatsBroker) -> None:
-        """Loads the engine while it waits for the bus."""
+    async def _start(self, broker: NatsBroker) -> EngineDied | None:
+        """Loads the engine while it waits for the bus. Returns why there is none."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._connect(broker))
             loading = group.create_task(self._load())
-        if error := loading.result():
-            raise error
+        return loading.result()
 
     async def _load(self) -> EngineDied | None:
         try:

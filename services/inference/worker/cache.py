@@ -14,6 +14,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import time
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
@@ -38,8 +39,8 @@ class ModelCache:
 
     @contextlib.asynccontextmanager
     async def hold(self, models: Iterable[UsedModel]) -> AsyncIterator[dict[str, Path]]:
-        """The files of a job, kept in place while it runs: checkpoint id -> path, and, for
-        checkpoints of several files, `checkpoint id/name` -> path.
+        """The files of a job, kept in place while it runs, each under its name and under the id
+        of its checkpoint; where two have the same name or id, the first.
 
         Raises JobFailure for a file that is not in the store, or is not what was registered."""
         files: dict[str, Path] = {}
@@ -47,8 +48,8 @@ class ModelCache:
             for model in models:
                 if model.checkpoint_id:
                     path = await self._fetch(model, locks)
+                    files.setdefault(model.name, path)
                     files.setdefault(model.checkpoint_id, path)
-                    files[f"{model.checkpoint_id}/{model.name}"] = path
             yield files
 
     async def _fetch(self, model: UsedModel, locks: contextlib.ExitStack) -> Path:
@@ -104,7 +105,7 @@ class ModelCache:
         for path in self._folder.glob("[!.]*/*"):
             with contextlib.suppress(FileNotFoundError):  # evicted by another worker
                 stat = path.stat()
-                files.append((stat.st_mtime, stat.st_size, path))
+                files.append((stat.st_atime_ns, stat.st_size, path))
         total = sum(size for _, size, _ in files)
         for _, size, path in sorted(files):
             if total + needed <= self._limit:
@@ -129,11 +130,13 @@ async def _lock(file: BinaryIO, kind: int) -> None:
 
 
 def _is_whole(path: Path, size: int) -> bool:
-    """Marks the file as used."""
+    """Marks the file as used, by its access time: engines know a file that they have loaded by its
+    time of change."""
     try:
-        if size and path.stat().st_size != size:
+        stat = path.stat()
+        if size and stat.st_size != size:
             return False
-        os.utime(path)
+        os.utime(path, ns=(time.time_ns(), stat.st_mtime_ns))
         return True
     except FileNotFoundError:
         return False

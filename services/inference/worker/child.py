@@ -76,7 +76,7 @@ def _serve(
     engine: Engine, unfit: type[Exception], run: frames.Run, params: bytes, outbox: BinaryIO
 ) -> None:
     logs.bind(run.correlation_id, job_id=run.job.job_id)
-    files = {checkpoint_id: Path(path) for checkpoint_id, path in run.files.items()}
+    files = {name: Path(path) for name, path in run.files.items()}
 
     def progress(step: int, steps: int) -> None:
         _write(outbox, frames.Step(step, steps))

@@ -95,7 +95,7 @@ class EngineProcess:
         it, or had no result in time. Cancelled, it takes the engine with it."""
         if not self.alive:
             await self.start()
-        paths = {checkpoint_id: str(path) for checkpoint_id, path in files.items()}
+        paths = {name: str(path) for name, path in files.items()}
         try:
             async with asyncio.timeout(seconds):
                 await self._send(frames.Run(job, paths, correlation_id), params)

@@ -18,7 +18,7 @@ MOST_BYTES = 2 * 1024**3
 
 
 class Run(msgspec.Struct, frozen=True, tag=True):
-    """To the engine. `files`: checkpoint id -> path. Part: the params."""
+    """To the engine. `files`: name or checkpoint id -> path. Part: the params."""
 
     job: RunJob
     files: dict[str, str]

@@ -79,7 +79,9 @@ class Cutter:
             "render": round(done - loaded, 4),
             "save": round(time.perf_counter() - done, 4),
         }
-        return Result([packed], param_json(printable(raw), info, 1), seconds, [])
+        return Result(
+            [packed], param_json(printable({**raw, "model": session_name}), info, 1), seconds, []
+        )
 
     def _session(self, name: str, path: Path, file_name: str) -> Any:
         stat = path.stat()

@@ -39,8 +39,8 @@ def read_picture(text: str, field: str) -> Image.Image:
         picture = ImageOps.exif_transpose(opened)
         transparent = picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info
         return picture.convert("RGBA" if transparent else "RGB")
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error, IndexError) as error:
-        raise JobFailure(f"{field}: no picture that can be read ({error})") from None
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error, IndexError):
+        raise JobFailure(f"{field}: no {', '.join(FORMATS)} that can be read") from None
     except Image.DecompressionBombError as error:
         raise JobFailure(f"{field}: {error}") from None
 

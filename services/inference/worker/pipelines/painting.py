@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -77,6 +78,8 @@ class Painter:
         # The same body is to give the same pixels again.
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.benchmark = False
+        # DPM++ SDE asks torchsde for times that differ from its bounds in the last digit.
+        warnings.filterwarnings("ignore", module="torchsde")
         diffusers_logging.set_verbosity_error()
         transformers_logging.set_verbosity_error()
         dtype = torch.float16 if self._device.type == "cuda" else torch.float32
@@ -86,9 +89,9 @@ class Painter:
         self, job: RunJob, body: bytes, files: Mapping[str, Path], progress: Progress
     ) -> Result:
         """Raises JobFailure; what `progress` raises comes through."""
-        params, raw, warnings = parse_painting(body, job.task_type)
+        params, raw, remarks = parse_painting(body, job.task_type)
         file_name = _choose_checkpoint(job, params)
-        warnings += [
+        remarks += [
             f"{model.type} {model.name}: no effect in this version"
             for model in job.models
             if model.type not in (CHECKPOINT_TYPE, *_UNNOTICED)
@@ -96,7 +99,7 @@ class Painter:
         ]
         prompt, more = plain_prompt(params.prompt)
         negative, yet_more = plain_prompt(params.negative_prompt)
-        warnings += list(dict.fromkeys(more + yet_more))
+        remarks += list(dict.fromkeys(more + yet_more))
         seed = secrets.randbelow(2**32 - 1) if params.seed == -1 else params.seed
         params = msgspec.structs.replace(
             params, prompt=prompt.strip(), negative_prompt=negative.strip(), seed=seed
@@ -116,7 +119,7 @@ class Painter:
             ) from error
         info = _info(job.task_type, params, checkpoint, texts)
         answer = param_json(printable({**raw, "seed": seed}), info, len(images))
-        return Result(images, answer, watch.seconds, warnings)
+        return Result(images, answer, watch.seconds, remarks)
 
     def _paint(
         self,

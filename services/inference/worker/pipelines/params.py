@@ -56,17 +56,17 @@ class PaintingParams(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def sampler(self) -> Sampler:
-        """Raises JobFailure for a name that nobody knows."""
+        """With its `scheduler` (a field of webui 1.9) where the webui 1.7 has a name for both.
+
+        Raises JobFailure for a name that nobody knows.
+        """
         index = self.sampler_index if isinstance(self.sampler_index, str) else ""
         name = self.sampler_name or index or "Euler"
-        spacing = "" if self.scheduler.lower() in ("", "automatic") else f" {self.scheduler}"
-        sampler = find_sampler(name + spacing)
+        sampler = find_sampler(name)
         if sampler is None:
             known = ", ".join(SAMPLERS)
-            raise JobFailure(
-                f"sampler_name: got {short(name + spacing)}, allowed is one of {known}"
-            )
-        return sampler
+            raise JobFailure(f"sampler_name: got {short(name)}, allowed is one of {known}")
+        return find_sampler(f"{sampler.name} {self.scheduler}") or sampler
 
 
 class CuttingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -142,6 +142,9 @@ def parse_painting(body: bytes, task_type: str) -> tuple[PaintingParams, dict[st
     sampler = params.sampler
     if sampler.nearest:
         warnings.append(f"sampler {sampler.name}: approximated by {sampler.nearest}")
+    scheduler = params.scheduler.lower()
+    if scheduler not in ("", "automatic") and not sampler.name.lower().endswith(scheduler):
+        warnings.append(f"scheduler {params.scheduler}: no effect on {sampler.name}")
     if isinstance(params.sampler_index, int) and not params.sampler_name:
         warnings.append(
             f"sampler_index {params.sampler_index}: not a name, {sampler.name} was used"

@@ -1,0 +1,50 @@
+"""Two sets of real servers, each started once for the whole run:
+
+- `servers`: NATS, Postgres and SeaweedFS alone, for tests that run one service of their own
+- `stack`: everything, with two gateways, for tests that speak HTTP to the whole product
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from deploy.local.client import Client
+from deploy.local.stack import Stack
+
+STACK_SETTINGS = {
+    "DARKROOM_GATEWAYS": "2",
+    "DARKROOM_REALTIME_TIMEOUT": "30",
+}
+
+
+@pytest.fixture(scope="session")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    with Stack(_home(tmp_path_factory, "servers"), services=False, random_ports=True) as stack:
+        yield stack
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    home = _home(tmp_path_factory, "stack")
+    with Stack(home, settings=STACK_SETTINGS, random_ports=True) as stack:
+        yield stack
+
+
+def _home(factory: pytest.TempPathFactory, name: str) -> Path:
+    return factory.mktemp(name) / ".darkroom"
+
+
+@pytest.fixture(scope="session")
+def admin(stack: Stack) -> Iterator[Client]:
+    """The first user of the stack, logged in at the first gateway."""
+    settings = stack.environment()
+    with Client.log_in(
+        settings["DARKROOM_URL"],
+        settings["DARKROOM_API_KEY"],
+        settings["DARKROOM_ADMIN_USER"],
+        settings["DARKROOM_ADMIN_PASSWORD"],
+    ) as client:
+        yield client
