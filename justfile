@@ -1,4 +1,4 @@
-# Every habit of this project. `just` lists them; all but `setup` assume nothing but Python and pip.
+# Every habit of this project; `just` lists them. Each does its own set-up first, once.
 
 set positional-arguments
 
@@ -11,48 +11,7 @@ default:
 
 # make .venv and install everything; instant when nothing has changed
 setup:
-    #!/bin/sh
-    set -eu
-    stamp=$(cat pyproject.toml constraints.txt | cksum)
-    if [ -f .venv/stamp ] && [ "$(cat .venv/stamp)" = "$stamp" ]; then exit 0; fi
-    found=
-    for candidate in ${PYTHON:-} python3 python3.11 python3.12 python3.13 python3.14; do
-        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-            found=$candidate
-            break
-        fi
-    done
-    if [ -z "$found" ]; then
-        echo "Python 3.11 or newer is needed (set PYTHON to its path)" >&2
-        exit 1
-    fi
-    [ -x {{ python }} ] || "$found" -m venv .venv
-    # Runs "$@" with its output in a file, and says now and then that it still works.
-    quietly() {
-        log=$1; shift
-        "$@" >"$log" 2>&1 &
-        work=$!
-        seconds=0
-        while kill -0 "$work" 2>/dev/null; do
-            sleep 1
-            seconds=$((seconds + 1))
-            if [ $((seconds % 15)) -eq 0 ]; then
-                echo "  $seconds s: $(grep -E '^(Collecting|Downloading|Installing)' "$log" | tail -n 1 | cut -c 1-90)"
-            fi
-        done
-        if ! wait "$work"; then
-            tail -n 30 "$log" >&2
-            echo "failed; the whole output is in $log" >&2
-            exit 1
-        fi
-    }
-    echo "installing into .venv (some minutes and about 2 GB the first time)"
-    quietly .venv/install.log {{ python }} -m pip install --disable-pip-version-check --progress-bar off \
-        -c constraints.txt -e '.[gateway,service,worker,local,dev]'
-    echo "warming rembg, which compiles its code when it is first imported (up to two minutes)"
-    quietly .venv/warm.log {{ python }} -c 'import rembg'
-    echo "$stamp" >.venv/stamp
-    echo "set up"
+    @sh deploy/local/setup.sh
 
 # start everything and return when it is healthy; safe to repeat
 up *ARGS: setup

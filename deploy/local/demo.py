@@ -74,7 +74,7 @@ def main() -> None:
         _deploy(client, stages)
         _upload(client, stages, "Stable-diffusion", CHECKPOINT)
         picture = _render(client, stages)
-        _upload(client, stages, "rembg", fetch_u2net(home / "weights"))
+        _upload(client, stages, "rembg", fetch_u2net())
         _remove_background(client, stages, picture)
     _finish(settings, stages)
 

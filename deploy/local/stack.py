@@ -127,7 +127,7 @@ class Stack:
     def _start_supervisor(self) -> None:
         environment = {**os.environ, **self._settings, "DARKROOM_HOME": str(self.home)}
         command = [sys.executable, "-m", "deploy.local.supervisor"]
-        with open(self.installation.log("supervisor"), "ab") as log:
+        with os.fdopen(supervisor.open_log(self.installation.log("supervisor")), "ab") as log:
             self._child = subprocess.Popen(
                 command if self._services else [*command, "--servers-only"],
                 cwd=REPOSITORY,

@@ -321,7 +321,7 @@ async def _cancelling(tasks: list[asyncio.Task[Any]]) -> AsyncIterator[list[asyn
 
 async def _spawn(process: Process, log_file: Path) -> asyncio.subprocess.Process:
     """Starts it in a session of its own, with its output appended to its log."""
-    descriptor = _open_log(log_file)
+    descriptor = open_log(log_file)
     identity: dict[str, Any] = {}
     if process.user is not None:
         identity = {"user": process.user, "group": process.user, "extra_groups": []}
@@ -340,7 +340,7 @@ async def _spawn(process: Process, log_file: Path) -> asyncio.subprocess.Process
         os.close(descriptor)
 
 
-def _open_log(file: Path) -> int:
+def open_log(file: Path) -> int:
     return os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 
 
@@ -349,7 +349,7 @@ def rotate_logs(installation: Installation) -> None:
     writes to it goes on doing so."""
     for file in installation.logs.glob("*.log"):
         if file.stat().st_size > MAX_LOG_BYTES:
-            shutil.copyfile(file, file.with_suffix(".log.1"))
+            shutil.copy(file, file.with_suffix(".log.1"))
             os.truncate(file, 0)
 
 

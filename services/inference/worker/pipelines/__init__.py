@@ -32,6 +32,12 @@ class JobFailure(Exception):
     """The job can't be done as asked. The text is for the user; trying again would not help."""
 
 
+def file_of(name: str, files: Mapping[str, Path]) -> Path:
+    if name not in files:
+        raise JobFailure(f"the file of {name} did not come with the job")
+    return files[name]
+
+
 class Result(msgspec.Struct, frozen=True):
     """`images`: PNGs. `param_json`: `{"parameters", "info", "images"}` as the webui's API answers.
     `seconds`: stage -> duration."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image, ImageColor
 
-from services.inference.worker.pipelines import JobFailure, Progress, Result
+from services.inference.worker.pipelines import JobFailure, Progress, Result, file_of
 from services.inference.worker.pipelines.images import png, read_picture
 from services.inference.worker.pipelines.infotext import VERSION, param_json
 from services.inference.worker.pipelines.params import CuttingParams, parse, printable, short
@@ -67,7 +67,7 @@ class Cutter:
         ground = _color(params.bgcolor)
         progress(0, 1)
         started = time.perf_counter()
-        session = self._session(session_name, files[file_name], file_name)
+        session = self._session(session_name, file_of(file_name, files), file_name)
         loaded = time.perf_counter()
         cut = _remove(picture, session, params, ground, file_name)
         done = time.perf_counter()
@@ -127,7 +127,7 @@ def _open(name: str, path: Path, file_name: str) -> Any:
         return session_type(name, options)
     except Exception as error:
         # onnxruntime has a dozen exception types without a common one of its own.
-        reason = str(error).splitlines()[0][:200]
+        reason = _line(error)
         raise JobFailure(f"broken checkpoint: {file_name} is no ONNX model: {reason}") from error
 
 
@@ -138,7 +138,6 @@ def _remove(
     ground: tuple[int, int, int, int] | None,
     file_name: str,
 ) -> Image.Image:
-    from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument
     from rembg import remove
 
     try:
@@ -153,10 +152,16 @@ def _remove(
             alpha_matting_erode_size=params.alpha_matting_erode_size,
             bgcolor=ground,
         )
-    except (InvalidArgument, Fail) as error:
-        reason = str(error).splitlines()[0][:200]
-        raise JobFailure(f"{file_name} is no model for this session: {reason}") from error
+    except MemoryError:
+        raise
+    except Exception as error:
+        # Another model than the session's fails in onnxruntime or, by its output, after it.
+        raise JobFailure(f"{file_name} is no model for this session: {_line(error)}") from error
     return cut
+
+
+def _line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
 
 
 def _color(given: list[int] | str | None) -> tuple[int, int, int, int] | None:

@@ -7,6 +7,7 @@ own list, so that a file with a missing or misshapen tensor is told apart from a
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -27,6 +28,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from services.inference.worker.pipelines import JobFailure
 from services.inference.worker.pipelines.families import configs_of, noise_schedule, read_header
+from services.inference.worker.pipelines.prompts import CHUNK
 
 TOKENIZER = Path(__file__).parent / "tokenizer"
 KEPT = 3
@@ -70,7 +72,6 @@ class Checkpoints:
         stat = path.stat()
         key = (str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns)
         if key not in self._loaded:
-            self._make_room(stat.st_size)
             self._loaded[key] = self._load(path, file_name)
         self._loaded.move_to_end(key)
         return self._loaded[key]
@@ -96,6 +97,7 @@ class Checkpoints:
     def _load(self, path: Path, file_name: str) -> LoadedCheckpoint:
         header = read_header(path, file_name)
         configs = configs_of(header, file_name)
+        self._make_room(sum(map(math.prod, header.shapes.values())) * self._dtype.itemsize)
         parts = _read_parts(path, file_name)
         with _told(file_name, "unet"):
             unet = _fill(
@@ -114,6 +116,8 @@ class Checkpoints:
             )
         if unet.config.cross_attention_dim != text_encoder.config.hidden_size or (
             unet.config.in_channels != vae.config.latent_channels
+            or text_encoder.config.max_position_embeddings < CHUNK + 2
+            or text_encoder.config.vocab_size < len(self._tokenizer)
         ):
             raise JobFailure(f"broken checkpoint: the parts of {file_name} do not fit together")
         models = [model.to(self._device, self._dtype).eval() for model in (unet, vae, text_encoder)]
@@ -132,7 +136,7 @@ class Checkpoints:
         """Reading gigabytes takes seconds: the answer is kept beside, by path, size and time."""
         stat = path.stat()
         known_by = f"{path.resolve()} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns}"
-        kept = self._cache / "sha256" / hashlib.sha256(known_by.encode()).hexdigest()
+        kept = self._cache / ".sha256" / hashlib.sha256(known_by.encode()).hexdigest()
         if kept.exists():
             return kept.read_text()
         with path.open("rb") as file:
@@ -187,7 +191,8 @@ class _told:
         if isinstance(error, RuntimeError):  # load_state_dict lists what has another shape
             line = str(error).splitlines()[-1].strip()
             raise JobFailure(f"{self._about} does not fit its config: {line}") from error
-        if isinstance(error, KeyError | ValueError | TypeError | AttributeError | IndexError):
+        if isinstance(error, Exception) and not isinstance(error, MemoryError):
+            # The config is a stranger's: it may make the libraries stumble anywhere.
             raise JobFailure(f"{self._about} can't be read: {error!r}") from error
 
 

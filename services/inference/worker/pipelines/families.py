@@ -108,17 +108,17 @@ def read_header(path: Path, name: str) -> Header:
         text = file.read(length)
     try:
         entries: dict[str, Any] = json.loads(text)
-        metadata = entries.pop("__metadata__", {})
+        metadata = {key: str(text) for key, text in entries.pop("__metadata__", {}).items()}
         shapes = {key: tuple(map(int, entry["shape"])) for key, entry in entries.items()}
         end = max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError, IndexError):
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError, ArithmeticError):
         raise JobFailure(f"broken checkpoint: the header of {name} can't be read") from None
     if 8 + length + end != size:
         raise JobFailure(
             f"broken checkpoint: {name} has {size} bytes where its header tells of"
             f" {8 + length + end}; it was cut off or changed on the way, upload it again"
         )
-    return Header(shapes, metadata if isinstance(metadata, dict) else {})
+    return Header(shapes, metadata)
 
 
 _COUNTS = {"layers_per_block", "transformer_layers_per_block", "num_hidden_layers"}

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import io
-import struct
 import warnings
 
 from PIL import Image, ImageOps, PngImagePlugin
@@ -25,24 +23,28 @@ def read_picture(text: str, field: str) -> Image.Image:
         text = text.partition(",")[2]
     try:
         packed = base64.b64decode("".join(text.split()), validate=True)
-    except (binascii.Error, ValueError) as error:
+    except ValueError as error:
         raise JobFailure(f"{field}: no base64: {error}") from None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our bound is lower
             opened = Image.open(io.BytesIO(packed), formats=FORMATS)
         if opened.width * opened.height > MAX_PIXELS:
-            raise JobFailure(
-                f"{field}: got {opened.width}x{opened.height} pixels,"
-                f" allowed are {MAX_PIXELS} in all"
-            )
+            raise _too_large(field, f"{opened.width}x{opened.height} pixels")
         picture = ImageOps.exif_transpose(opened)
         transparent = picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info
         return picture.convert("RGBA" if transparent else "RGB")
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error, IndexError):
+    except Image.DecompressionBombError:
+        raise _too_large(field, "a picture far above it") from None
+    except (JobFailure, MemoryError):
+        raise
+    except Exception:
+        # Damaged pictures end in a dozen types of errors: zlib's, struct's, SyntaxError, …
         raise JobFailure(f"{field}: no {', '.join(FORMATS)} that can be read") from None
-    except Image.DecompressionBombError as error:
-        raise JobFailure(f"{field}: {error}") from None
+
+
+def _too_large(field: str, got: str) -> JobFailure:
+    return JobFailure(f"{field}: got {got}, allowed are {MAX_PIXELS} pixels in all")
 
 
 def on_white(picture: Image.Image) -> Image.Image:
@@ -61,7 +63,9 @@ def fit(picture: Image.Image, width: int, height: int, resize_mode: int) -> Imag
     if resize_mode == 1:
         return ImageOps.fit(picture, size, Image.Resampling.LANCZOS)
     if resize_mode == 2:
-        inner = ImageOps.contain(picture, size, Image.Resampling.LANCZOS)
+        scale = min(width / picture.width, height / picture.height)
+        inner_size = (max(1, int(picture.width * scale)), max(1, int(picture.height * scale)))
+        inner = picture.resize(inner_size, Image.Resampling.LANCZOS)
         # The webui draws the outermost rows or columns out to the border.
         filled = picture.resize(size, Image.Resampling.LANCZOS)
         left, top = (width - inner.width) // 2, (height - inner.height) // 2

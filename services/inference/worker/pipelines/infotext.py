@@ -39,7 +39,7 @@ def param_json(parameters: Mapping[str, Any], info: Mapping[str, Any], count: in
         "info": json.dumps({**info, "version": VERSION}, ensure_ascii=False),
         "images": [f"image_{number}.png" for number in range(count)],
     }
-    return json.dumps(answer, ensure_ascii=False, allow_nan=False).encode()
+    return json.dumps(answer, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace")
 
 
 def timestamp(now: datetime) -> str:

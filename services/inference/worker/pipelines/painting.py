@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from services.inference.worker.pipelines import JobFailure, Progress, Result
+from services.inference.worker.pipelines import JobFailure, Progress, Result, file_of
 from services.inference.worker.pipelines.checkpoints import Checkpoints, LoadedCheckpoint
 from services.inference.worker.pipelines.images import fit, on_white, png, read_picture
 from services.inference.worker.pipelines.infotext import infotext, param_json, timestamp
@@ -107,7 +107,7 @@ class Painter:
         watch = Stopwatch()
         try:
             with watch.stage("load"):
-                checkpoint = self._checkpoints.get(files[file_name], file_name)
+                checkpoint = self._checkpoints.get(file_of(file_name, files), file_name)
             images, texts = self._paint(job.task_type, params, checkpoint, progress, watch)
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):

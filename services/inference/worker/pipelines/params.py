@@ -117,7 +117,7 @@ def parse(body: bytes, params: type[P]) -> tuple[P, dict[str, Any]]:
         raise JobFailure(f"the params are no JSON: {error}") from None
     if not isinstance(raw, dict):
         raise JobFailure(f"the params are no JSON object but {short(raw)}")
-    raw = _without_nulls(raw)
+    raw = _clean(raw)
     try:
         return msgspec.convert(raw, params, strict=False), raw
     except msgspec.ValidationError as error:
@@ -174,12 +174,16 @@ def short(value: object, limit: int = 60) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def _without_nulls(raw: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: _without_nulls(value) if isinstance(value, dict) else value
-        for key, value in raw.items()
-        if value is not None
-    }
+def _clean(value: Any) -> Any:
+    """Without nulls in objects, and without half characters (`"\\ud800"`) in texts, which neither a
+    tokenizer nor a log takes."""
+    if isinstance(value, dict):
+        return {_clean(key): _clean(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_clean(item) for item in value]
+    if isinstance(value, str) and not value.isascii():
+        return value.encode("utf-8", "replace").decode()
+    return value
 
 
 def _finite(value: Any) -> Any:
@@ -224,7 +228,11 @@ def _explain(message: str, raw: dict[str, Any], params: type[msgspec.Struct]) ->
         elif position and isinstance(got, list):
             got = got[int(position)]
             kind = kind.item_type if isinstance(kind, msgspec.inspect.ListType) else kind
-    return f"{path}: got {short(got)}, allowed is {_allowed(kind)}"
+    # A reason goes to the logs; prompts do not.
+    shown = short(got) if "prompt" not in path else f"another value ({type(got).__name__})"
+    if isinstance(got, str) and len(got) > 60:
+        shown = f"{len(got)} characters"
+    return f"{path}: got {shown}, allowed is {_allowed(kind)}"
 
 
 def _allowed(kind: msgspec.inspect.Type) -> str:

@@ -32,7 +32,7 @@ _PIECES = re.compile(
 )
 _BREAK = re.compile(r"\s*\bBREAK\b\s*", re.DOTALL)
 _NETWORK = re.compile(r"<(?:lora|lyco|hypernet):([^:<>]+)(?::[^<>]*)?>")
-_EDITING = re.compile(r"\[[^\[\]]*:[^\[\]]*:?\s*[\d.]+\s*\]|\[[^\[\]]*\|[^\[\]]*\]")
+_EDITING = re.compile(r"\[[^\[\]()]*?[:|][^\[\]()]*\]")
 _AND = re.compile(r"\bAND\b")
 
 

@@ -1,0 +1,253 @@
+"""From upload to picture through the whole product, and the picture looked at."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from deploy.local.client import Client
+from deploy.local.demo import CHECKPOINT
+from deploy.local.weights import fetch_u2net
+
+MODEL = {"Stable-diffusion": [CHECKPOINT.name], "VAE": ["Automatic"]}
+ENDPOINT, REALTIME = "pictures", "pictures-now"
+
+Picture = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+@pytest.fixture(scope="module")
+def artist(admin: Client) -> Iterator[Client]:
+    """Somebody with the demo checkpoint uploaded and two pools to render on."""
+    if admin.find_checkpoint("Stable-diffusion", CHECKPOINT.name) is None:
+        admin.upload_checkpoint("Stable-diffusion", CHECKPOINT)
+    admin.create_endpoint(ENDPOINT)
+    admin.create_endpoint(REALTIME, type_="Real-time")
+    admin.wait_for_endpoint(ENDPOINT)
+    admin.wait_for_endpoint(REALTIME)
+    yield admin
+    names = {"delete_endpoint_list": [ENDPOINT, REALTIME], "username": "admin"}
+    assert admin.call("DELETE", "/endpoints", names) == {}
+
+
+def params(prompt: str, **more: Any) -> dict[str, Any]:
+    return {
+        "prompt": prompt,
+        "negative_prompt": "",
+        "steps": 16,
+        "sampler_name": "Euler a",
+        "cfg_scale": 5,
+        "seed": 5,
+        "width": 64,
+        "height": 64,
+        "s_tmax": float("inf"),
+        "some_unknown_key": {"is": "ignored"},
+        **more,
+    }
+
+
+def images(client: Client, job: dict[str, Any]) -> list[Picture]:
+    assert job["status"] == "succeed", job["error"]
+    return [decode(client.download(url)) for url in job["img_presigned_urls"]]
+
+
+def decode(png: bytes) -> Picture:
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+
+
+def encode(picture: Picture) -> str:
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def near(picture: Picture, colour: tuple[int, int, int]) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Which pixels look like the colour."""
+    distance = np.abs(picture.astype(int) - np.array(colour)).sum(axis=-1)
+    return np.asarray(distance < 150)
+
+
+RED, BLUE, YELLOW, BLACK = (220, 30, 30), (40, 70, 220), (245, 215, 30), (12, 12, 12)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "shape", "background"),
+    [
+        ("a red circle on a yellow background", RED, YELLOW),
+        ("a blue square on a black background", BLUE, BLACK),
+        ("a yellow star on a blue background", YELLOW, BLUE),
+    ],
+)
+def test_a_picture_follows_its_prompt(
+    artist: Client,
+    prompt: str,
+    shape: tuple[int, int, int],
+    background: tuple[int, int, int],
+) -> None:
+    job = artist.run_job("txt2img", MODEL, params(prompt))
+    (picture,) = images(artist, job)
+    assert picture.shape == (64, 64, 3)
+    border = np.concatenate([picture[:4].reshape(-1, 3), picture[-4:].reshape(-1, 3)])
+    assert near(border, background).mean() > 0.8
+    middle = picture[24:40, 24:40]
+    assert near(middle, shape).mean() > 0.6
+
+
+def test_position_follows_the_prompt(artist: Client) -> None:
+    def centre(where: str) -> float:
+        prompt = f"a red circle {where} on a black background"
+        (picture,) = images(artist, artist.run_job("txt2img", MODEL, params(prompt)))
+        columns = np.nonzero(near(picture, RED))[1]
+        assert len(columns) > 40
+        return float(columns.mean())
+
+    assert centre("on the left") + 10 < centre("on the right")
+
+
+def test_the_same_body_gives_the_same_pixels_and_another_seed_others(artist: Client) -> None:
+    body = params("a green heart on a white background", steps=6)
+    (first,) = images(artist, artist.run_job("txt2img", MODEL, body))
+    (again,) = images(artist, artist.run_job("txt2img", MODEL, body))
+    (other,) = images(artist, artist.run_job("txt2img", MODEL, {**body, "seed": 6}))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_a_batch_counts_seeds_up_and_names_its_images(artist: Client) -> None:
+    body = params("a red star on a white background", steps=4, batch_size=2, n_iter=2, seed=40)
+    job = artist.run_job("txt2img", MODEL, body)
+    pictures = images(artist, job)
+    assert job["image_names"] == [f"image_{n}.png" for n in range(4)]
+    info = json.loads(artist.download(job["output_presigned_urls"][0]))
+    assert json.loads(info["info"])["all_seeds"] == [40, 41, 42, 43]
+    alone = artist.run_job("txt2img", MODEL, {**body, "batch_size": 1, "n_iter": 1, "seed": 42})
+    difference = np.abs(pictures[2].astype(int) - images(artist, alone)[0].astype(int))
+    assert difference.max() <= 1
+
+
+def test_the_png_tells_how_it_was_made(artist: Client) -> None:
+    job = artist.run_job("txt2img", MODEL, params("a pink ring", steps=4, negative_prompt="blue"))
+    text = Image.open(io.BytesIO(artist.download(job["img_presigned_urls"][0]))).info["parameters"]
+    assert text.startswith("a pink ring\nNegative prompt: blue\nSteps: 4, Sampler: Euler a")
+    for part in ("CFG scale: 5", "Seed: 5", "Size: 64x64", "Model hash: "):
+        assert part in text
+    assert f"out/{job['InferenceJobId']}/result/image_0.png" in job["img_presigned_urls"][0]
+    assert job["output_presigned_urls"][0].count(f"{job['InferenceJobId']}_param.json") == 1
+
+
+def test_img2img_keeps_more_of_the_picture_the_less_it_may_change(artist: Client) -> None:
+    start = np.full((64, 64, 3), (245, 215, 30), np.uint8)
+    start[20:44, 20:44] = (220, 30, 30)
+
+    def changed(strength: float) -> float:
+        body = params(
+            "a blue square on a white background",
+            init_images=[f"data:image/png;base64,{encode(start)}"],
+            denoising_strength=strength,
+            steps=12,
+        )
+        (picture,) = images(artist, artist.run_job("img2img", MODEL, body))
+        return float(np.abs(picture.astype(int) - start.astype(int)).mean())
+
+    little, much = changed(0.1), changed(0.95)
+    assert little < 25 < much
+
+
+def test_rembg_cuts_the_foreground_out(artist: Client) -> None:
+    if artist.find_checkpoint("rembg", "u2net.onnx") is None:
+        artist.upload_checkpoint("rembg", fetch_u2net())
+    scene = np.full((256, 256, 3), (70, 140, 210), np.uint8)
+    y, x = np.mgrid[:256, :256]
+    scene[(y - 128) ** 2 + (x - 128) ** 2 < 70**2] = (210, 60, 40)
+    body = {"input_image": encode(scene), "model": "u2net"}
+    job = artist.run_job("rembg", {"rembg": ["u2net.onnx"]}, body, seconds=200)
+    assert job["status"] == "succeed", job["error"]
+    cut = Image.open(io.BytesIO(artist.download(job["img_presigned_urls"][0])))
+    assert cut.mode == "RGBA"
+    alpha = np.asarray(cut)[..., 3]
+    assert alpha[100:156, 100:156].mean() > 230
+    assert alpha[:20].mean() < 20
+
+
+def test_a_real_time_start_answers_with_the_finished_job(artist: Client) -> None:
+    job_id = artist.create_job(
+        "txt2img", MODEL, params("a cyan cross", steps=4), inference_type="Real-time"
+    )
+    response = artist.request("PUT", f"/inferences/{job_id}/start")
+    assert response.status_code == 200
+    answer = response.json()
+    assert (answer["statusCode"], answer["data"]["status"]) == (200, "succeed")
+    assert decode(artist.download(answer["data"]["img_presigned_urls"][0])).shape == (64, 64, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"steps": 0}, "steps"),
+        ({"sampler_name": "Oiler"}, "Oiler"),
+        ({"width": 100_000}, "width"),
+        ({"cfg_scale": "much"}, "cfg_scale"),
+        ({"batch_size": 10_000}, "batch_size"),
+    ],
+)
+def test_params_out_of_range_fail_the_job_with_a_reason(
+    artist: Client, change: dict[str, Any], reason: str
+) -> None:
+    job = artist.run_job("txt2img", MODEL, params("a red heart", **change), seconds=30)
+    assert job["status"] == "failed"
+    assert reason in job["error"]
+    assert "Traceback" not in job["error"]
+
+
+def test_a_job_without_params_fails_with_a_reason(artist: Client) -> None:
+    body = {"inference_type": "Async", "task_type": "txt2img", "models": MODEL}
+    job_id = artist.call("POST", "/inferences", body)["data"]["inference"]["id"]
+    artist.start_job(job_id)
+    job = artist.wait_for_job(job_id, seconds=10)
+    assert job["status"] == "failed"
+    assert "params" in job["error"]
+
+
+def test_a_broken_checkpoint_fails_the_job_and_not_the_worker(
+    artist: Client, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(CHECKPOINT.read_bytes()[:100_000])
+    if artist.find_checkpoint("Stable-diffusion", broken.name) is None:
+        artist.upload_checkpoint("Stable-diffusion", broken)
+    models = {"Stable-diffusion": [broken.name]}
+    job = artist.run_job("txt2img", models, params("a red heart"), seconds=30)
+    assert job["status"] == "failed"
+    assert broken.name in job["error"]
+    assert "Traceback" not in job["error"]
+    after = artist.run_job("txt2img", MODEL, params("a red heart", steps=2), seconds=60)
+    assert after["status"] == "succeed"
+
+
+def test_jobs_of_a_deleted_endpoint_fail_with_a_reason(artist: Client) -> None:
+    artist.create_endpoint("short-lived")
+    artist.wait_for_endpoint("short-lived")
+    # The least busy pool gets the next job: two slow ones reach the new pool as well.
+    jobs = []
+    for _ in range(3):
+        job_id = artist.create_job("txt2img", MODEL, params("a ring", steps=100, n_iter=4))
+        artist.start_job(job_id)
+        jobs.append(job_id)
+    placed = {id_: artist.get_job(id_)["params"] for id_ in jobs}
+    there = [
+        id_ for id_, p in placed.items() if p["sagemaker_inference_endpoint_name"] == "short-lived"
+    ]
+    assert there
+    artist.call("DELETE", "/endpoints", {"delete_endpoint_list": ["short-lived"], "username": ""})
+    for job_id in there:
+        job = artist.wait_for_job(job_id, seconds=15)
+        assert job["status"] == "failed"
+        assert "short-lived" in job["error"]
+    artist.call("DELETE", "/inferences", {"inference_id_list": jobs})
