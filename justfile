@@ -45,12 +45,13 @@ demo *ARGS: up
 test *ARGS: setup
     @{{ python }} -m pytest "$@"
 
-# lint, format, types, and who may import whom
+# lint, format, types, who may import whom, and whether the documents are true
 check: setup
     .venv/bin/ruff check .
     .venv/bin/ruff format --check .
     {{ python }} -m mypy
     .venv/bin/lint-imports
+    {{ python }} -m tests.architecture.docs
 
 # format the code
 format: setup

@@ -15,6 +15,7 @@ quietly() {
     shift
     "$@" >"$log" 2>&1 &
     work=$!
+    trap 'kill "$work" 2>/dev/null; exit 130' INT TERM  # it would ignore them otherwise
     seconds=0
     while kill -0 "$work" 2>/dev/null; do
         sleep 1
@@ -29,6 +30,7 @@ quietly() {
         echo "failed; all of its output is in $log" >&2
         exit 1
     fi
+    trap - INT TERM
 }
 
 if [ ! -x .venv/bin/python ]; then
@@ -54,6 +56,9 @@ quietly .venv/install.log .venv/bin/python -m pip install \
 
 echo "importing rembg once, which compiles what it needs: up to two minutes the first time"
 quietly .venv/warm-up.log .venv/bin/python -c 'import rembg'
+
+echo "fetching the weights for background removal (165 MB) and verifying them"
+quietly .venv/weights.log .venv/bin/python -m deploy.local.weights
 
 echo "$stamp" >.venv/stamp
 echo "everything is installed"

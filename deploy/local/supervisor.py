@@ -41,6 +41,8 @@ START_ATTEMPTS = 3
 """A child that dies this often before it was ever ready stops the whole start."""
 MAX_LOG_BYTES = 10_000_000
 LOG_CHECK_SECONDS = 60.0
+CLOCK_STEP = 2.0
+"""Seconds by which the start time of one process may seem to differ when the clock was set."""
 
 
 class ProcessState(msgspec.Struct):
@@ -368,25 +370,22 @@ def find_process(pid: int, started: float) -> psutil.Process | None:
     """The process of this pid if it is still the one that started then."""
     try:
         process = psutil.Process(pid)
-        if abs(process.create_time() - started) > 2 or process.status() == psutil.STATUS_ZOMBIE:
-            return None
+        same = abs(process.create_time() - started) < CLOCK_STEP
     except psutil.NoSuchProcess:
         return None
-    return process
+    return process if same and _lives(process) else None
 
 
 def stop_leftovers(installation: Installation) -> None:
     """Ends the children of a supervisor that was killed, and forgets them: their ports and files
     are free then."""
     state = read_state(installation)
-    found = [
-        (name, process)
-        for name, child in (state.processes if state else {}).items()
-        if child.pid and (process := find_process(child.pid, child.started))
-    ]
-    for name, process in reversed(found):
-        _log(f"ends {name} ({process.pid}), left behind by an earlier supervisor")
-        _end(process, signal.SIGINT if name == "postgres" else signal.SIGTERM)
+    found: dict[psutil.Process, signal.Signals] = {}
+    for name, child in (state.processes if state else {}).items():
+        if child.pid and (process := find_process(child.pid, child.started)):
+            _log(f"ends {name} ({child.pid}), left behind by an earlier supervisor")
+            found[process] = signal.SIGINT if name == "postgres" else signal.SIGTERM
+    _end(found)
     servers.remove_sockets(installation)
     state_file(installation).unlink(missing_ok=True)
 
@@ -404,9 +403,11 @@ def list_workers(installation: Installation) -> list[tuple[Path, psutil.Process]
 
 def stop_workers(installation: Installation) -> None:
     """Ends workers that the endpoints service did not, for example because it was killed."""
+    found: dict[psutil.Process, signal.Signals] = {}
     for file, worker in list_workers(installation):
         _log(f"ends worker {file.stem} ({worker.pid})")
-        _end(worker, signal.SIGTERM)
+        found[worker] = signal.SIGTERM
+    _end(found)
     for file in installation.workers.glob("*.json"):
         file.unlink(missing_ok=True)
     for process in psutil.process_iter():  # what a killed worker had started, or had no record yet
@@ -417,15 +418,30 @@ def stop_workers(installation: Installation) -> None:
                 process.kill()
 
 
-def _end(process: psutil.Process, polite: signal.Signals) -> None:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        family = [process, *process.children(recursive=True)]
-        process.send_signal(polite)
-        _, alive = psutil.wait_procs(family, timeout=5)
-        for member in alive:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                member.kill()
-        psutil.wait_procs(alive, timeout=5)
+def _end(found: dict[psutil.Process, signal.Signals], seconds: float = 5.0) -> None:
+    """Asks each to end, with the signal that it understands; kills what has not after `seconds`,
+    with all that it started."""
+    families = set(found)
+    for process, polite in found.items():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            families.update(process.children(recursive=True))
+            process.send_signal(polite)
+    deadline = time.monotonic() + seconds
+    while any(map(_lives, families)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for process in filter(_lives, families):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    while any(map(_lives, families)) and time.monotonic() < deadline + seconds:
+        time.sleep(0.05)
+
+
+def _lives(process: psutil.Process) -> bool:
+    """A zombie does not: it has ended, and its parent has not noticed."""
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 # Files that stack.py reads

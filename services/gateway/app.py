@@ -8,16 +8,15 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import uvicorn
-from litestar import Litestar, Request
+from litestar import Litestar
 from litestar.di import Provide
-from litestar.exceptions import SerializationException
 from litestar.openapi import OpenAPIConfig
 from litestar.openapi.spec import Components, SecurityScheme
 
 from services.gateway import compat, errors
 from services.gateway.auth import check_api_key
+from services.gateway.bodies import body_check
 from services.gateway.dispatch import Dispatcher
-from services.gateway.errors import ApiError
 from services.gateway.events import Hub
 from services.gateway.projections import Projector
 from services.gateway.routes import ROUTES
@@ -46,8 +45,8 @@ def _make_app(gateway: Gateway) -> Litestar:
     return Litestar(
         route_handlers=ROUTES,
         dependencies={"gateway": Provide(lambda: gateway, sync_to_thread=False, use_cache=True)},
-        exception_handlers=errors.HANDLERS,
-        before_request=_check_body_of(gateway.settings),
+        exception_handlers=errors.handlers(esd_compat=gateway.settings.esd_compat),
+        before_request=body_check(esd_compat=gateway.settings.esd_compat),
         request_max_body_size=(
             gateway.settings.max_params_bytes
             if gateway.settings.esd_compat
@@ -60,6 +59,7 @@ def _make_app(gateway: Gateway) -> Litestar:
             "Every call carries x-api-key; all but POST /auth/token and GET /ping also carry "
             "Authorization: Bearer <token>.",
             path=None,
+            use_handler_docstrings=True,
             security=[{"apiKey": [], "person": []}],
             components=Components(
                 security_schemes={
@@ -73,26 +73,6 @@ def _make_app(gateway: Gateway) -> Litestar:
         lifespan=[lambda _: _opened(gateway)],
         logging_config=None,
     )
-
-
-def _check_body_of(settings: Settings) -> Callable[[Request[Any, Any, Any]], Awaitable[None]]:
-    async def check(request: Request[Any, Any, Any]) -> None:
-        """Refuses keys that a body does not know; ESD's own server ignores them."""
-        field = request.route_handler.parsed_fn_signature.parameters.get("data")
-        if field is None:
-            return
-        try:
-            given = await request.json()
-        except SerializationException as error:
-            raise ApiError(400, f"the body is not valid JSON: {error}") from None
-        if not isinstance(given, dict):
-            raise ApiError(400, "the body must be a JSON object with Content-Type application/json")
-        known = field.annotation.__struct_fields__
-        unknown = sorted(set(given).difference(known))
-        if unknown and not settings.esd_compat:
-            raise ApiError(400, f"unknown field {unknown[0]}; known are: {', '.join(known)}")
-
-    return check
 
 
 @contextlib.asynccontextmanager
@@ -171,6 +151,8 @@ class Gate:
             headers.get(b"x-api-key"), self._settings.api_key_sha256
         ):
             await _answer(send, 403, errors.body(403, "x-api-key is missing or wrong"))
+        elif "\0" in path or b"%00" in scope["query_string"]:
+            await _answer(send, 400, errors.body(400, "the URL holds %00; leave it out"))
         elif path not in ALWAYS and not self._gateway.ready:
             message = "Darkroom is starting; try again"
             await _answer(send, 503, errors.body(503, message), [(b"retry-after", b"2")])

@@ -35,16 +35,28 @@ class Ticket(msgspec.Struct, frozen=True, kw_only=True):
     correlation_id: str
     body_sha256: str = ""
     repeatable: bool = False
+    traceparent: str | None = None
 
     def new_id(self) -> str:
         return str(uuid.uuid5(uuid.UUID(self.command_id), "new"))
 
 
 def make_ticket(
-    *, actor: str, correlation_id: str, route: str, key: str | None, body: bytes
+    *,
+    actor: str,
+    correlation_id: str,
+    route: str,
+    key: str | None,
+    body: bytes,
+    traceparent: str | None = None,
 ) -> Ticket:
     if not key:
-        return Ticket(command_id=cloud.new_id(), actor=actor, correlation_id=correlation_id)
+        return Ticket(
+            command_id=cloud.new_id(),
+            actor=actor,
+            correlation_id=correlation_id,
+            traceparent=traceparent,
+        )
     if len(key) > 200:
         raise ApiError(400, "Idempotency-Key is longer than 200 characters; use a shorter one")
     return Ticket(
@@ -53,6 +65,7 @@ def make_ticket(
         correlation_id=correlation_id,
         body_sha256=hashlib.sha256(body).hexdigest(),
         repeatable=True,
+        traceparent=traceparent,
     )
 
 
@@ -92,15 +105,17 @@ class Dispatcher:
         self, command: Command, ticket: Ticket, id_: str, future: asyncio.Future[Outcome]
     ) -> Outcome:
         ack = await self.publish(command, ticket, id_)
-        await asyncio.wait(
-            {future, ack}, timeout=self._timeout, return_when=asyncio.FIRST_COMPLETED
-        )
-        if not future.done() and ack.done() and not ack.cancelled() and ack.exception():
-            raise Unavailable("the bus")
         try:
+            await asyncio.wait(
+                {future, ack}, timeout=self._timeout, return_when=asyncio.FIRST_COMPLETED
+            )
+            if not future.done() and (not ack.done() or ack.exception()):
+                raise Unavailable("the bus")
             return await asyncio.wait_for(asyncio.shield(future), self._timeout)
         except TimeoutError:
-            raise (Unanswered(self._timeout) if ack.done() else Unavailable("the bus")) from None
+            raise Unanswered(self._timeout) from None
+        finally:
+            ack.cancel()  # nats-py keeps a place for each one that is never done
 
     async def publish(self, command: Command, ticket: Ticket, id_: str) -> asyncio.Future[Any]:
         """Hands the command to the stream; the returned future is done when it is stored."""
@@ -115,6 +130,7 @@ class Dispatcher:
             subject=ticket.actor,
             correlation_id=ticket.correlation_id,
             actor=ticket.actor,
+            traceparent=ticket.traceparent,
         )
         return await self._js.publish_async(
             command_subject(type_name), cloud.encode(framed), headers={"Nats-Msg-Id": id_}

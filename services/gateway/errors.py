@@ -17,6 +17,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from litestar import Request, Response
 from litestar.exceptions import HTTPException, ValidationException
 
+from services.gateway import compat
 from shared.logs import get_logger
 from shared.postgres import AWAY
 
@@ -107,14 +108,36 @@ def _on_api_error(_: Request[Any, Any, Any], error: ApiError) -> Response[bytes]
 
 
 def _on_validation(_: Request[Any, Any, Any], error: ValidationException) -> Response[bytes]:
+    return respond(400, "; ".join(_wrong(error)) or error.detail)
+
+
+def _on_validation_as_esd(_: Request[Any, Any, Any], error: ValidationException) -> Response[bytes]:
+    return respond(400, "; ".join(map(compat.phrase, _wrong(error))) or error.detail)
+
+
+def _wrong(error: ValidationException) -> list[str]:
+    """`role_name: Expected …`, one for each fault."""
     details = error.extra if isinstance(error.extra, list) else []
-    wrong = [f"{item.get('key', 'body')}: {item.get('message', '')}" for item in details]
-    return respond(400, "; ".join(wrong) or error.detail)
+    places = [item.get("key", "body") for item in details]
+    return [
+        f"{'body' if place == 'data' else place}: {item.get('message', '')}"
+        for place, item in zip(places, details, strict=True)
+    ]
 
 
-def _on_http(_: Request[Any, Any, Any], error: HTTPException) -> Response[bytes]:
-    """Litestar's own: 404 no such path, 405 wrong method, 413 too large, 400 malformed JSON."""
-    return respond(error.status_code, error.detail, dict(error.headers or {}))
+_HTTP = {
+    404: "there is no such path; GET /api and /docs list them all",
+    405: "this path does not take this method; GET /api and /docs list what it takes",
+    413: "the body is larger than is accepted here; send less, files go to presigned URLs",
+}
+
+
+def _on_http(request: Request[Any, Any, Any], error: HTTPException) -> Response[bytes]:
+    """Litestar's own refusals."""
+    status = error.status_code
+    if status >= 500:
+        return _on_bug(request, error)
+    return respond(status, _HTTP.get(status, error.detail), dict(error.headers or {}))
 
 
 def _on_away(_: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
@@ -132,11 +155,12 @@ def _on_bug(request: Request[Any, Any, Any], error: Exception) -> Response[bytes
     return respond(500, "Darkroom failed on this request; its log has the reason")
 
 
-HANDLERS: dict[Any, Any] = {
-    ApiError: _on_api_error,
-    ValidationException: _on_validation,
-    HTTPException: _on_http,
-    **dict.fromkeys((*AWAY, asyncpg.InterfaceError), _on_away),
-    **dict.fromkeys((nats.errors.Error, BotoCoreError, ClientError), _on_away),
-    Exception: _on_bug,
-}
+def handlers(*, esd_compat: bool) -> dict[Any, Any]:
+    return {
+        ApiError: _on_api_error,
+        ValidationException: _on_validation_as_esd if esd_compat else _on_validation,
+        HTTPException: _on_http,
+        **dict.fromkeys((*AWAY, asyncpg.InterfaceError), _on_away),
+        **dict.fromkeys((nats.errors.Error, BotoCoreError, ClientError), _on_away),
+        Exception: _on_bug,
+    }

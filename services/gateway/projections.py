@@ -112,6 +112,7 @@ class Projector:
         self.listeners: list[Listener] = []
         self.seq = 0
         self.healthy = False
+        self._moved = asyncio.Event()
         self._waiting: dict[str, list[asyncio.Future[Job]]] = defaultdict(list)
         self.listeners.append(self._wake_job_waiters)
 
@@ -198,8 +199,21 @@ class Projector:
                 if event.state:
                     self._directory.apply(event.state)
             self.seq = max(self.seq, last)
+            self._moved.set()
+            self._moved.clear()
             for listener in self.listeners:
                 listener(events)
+
+    async def catch_up(self, seconds: float = 2.0) -> bool:
+        """Whether this process has applied, in time, what any replica had applied by now."""
+        there = await self._pool.fetchval("SELECT seq FROM position WHERE stream = $1", EVENTS)
+        try:
+            async with asyncio.timeout(seconds):
+                while self.seq < (there or 0):
+                    await self._moved.wait()
+        except TimeoutError:
+            return False
+        return True
 
     async def _apply(self, events: list[Event], last: int) -> None:
         newest: dict[tuple[str, str], State] = {}

@@ -10,6 +10,12 @@ T = TypeVar("T")
 
 Name = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f]+$")]
 Id = Annotated[str, Meta(min_length=1, max_length=128)]
+Permission = Annotated[
+    str,
+    Meta(
+        pattern="^(train|checkpoint|inference|sagemaker_endpoint|user|role):(all|create|list)$",
+    ),
+]
 Count = Annotated[str, Meta(pattern=r"^[0-9]{1,4}$")] | Annotated[int, Meta(ge=0, le=9999)]
 """ESD clients send counts as strings or integers."""
 
@@ -50,7 +56,7 @@ class CreateRoleBody(Struct, frozen=True, kw_only=True):
     """`creator` is ignored: the creator is who asks."""
 
     role_name: Name
-    permissions: Annotated[list[str], Meta(max_length=100)]
+    permissions: Annotated[list[Permission], Meta(max_length=100)]
     creator: str = ""
 
 
@@ -65,7 +71,13 @@ class RoleView(Struct, frozen=True, kw_only=True):
 
 
 class Roles(Struct, frozen=True, kw_only=True):
+    """Without `per_page` all of them are one page."""
+
     roles: list[RoleView]
+    page: int
+    per_page: int
+    pages: int
+    total: int
     previous_evaluated_key: str = NOT_APPLICABLE
     last_evaluated_key: str = NOT_APPLICABLE
 
@@ -77,7 +89,7 @@ class CreateUserBody(Struct, frozen=True, kw_only=True):
     password: Annotated[str, Meta(min_length=8, max_length=1024)]
     roles: Annotated[list[Name], Meta(max_length=100)] = []
     creator: str = ""
-    permissions: Annotated[list[str], Meta(max_length=100)] = []
+    permissions: Annotated[list[Permission], Meta(max_length=100)] = []
     initial: bool = False
 
 
@@ -306,7 +318,7 @@ class CreateInferenceBody(Struct, frozen=True, kw_only=True):
 
     inference_type: InferenceType
     task_type: TaskType
-    models: dict[str, list[str]] = {}
+    models: dict[str, Annotated[list[str], Meta(max_length=100)]] = {}
     user_id: str = ""
     filters: dict[str, Any] = {}
     payload_string: str | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import asyncpg
@@ -38,8 +39,16 @@ class Gateway:
         self.dispatcher: Dispatcher
         self.hub: Hub
 
-    def authorize(self, request: Request[Any, Any, Any], permission: str | None) -> Person:
+    async def authorize(self, request: Request[Any, Any, Any], permission: str | None) -> Person:
+        """Raises ApiError 401 without a valid person, 403 without the permission."""
+        await self.catch_up()
         return self.authenticator.authorize(request, permission)
+
+    async def catch_up(self) -> None:
+        """Before anybody asks what is in memory: another replica may have answered a write a moment
+        ago, and what it answered (a new role, a revoked token) holds here as well."""
+        if not await self.projector.catch_up():
+            raise Unavailable("the event log")
 
     async def ticket(self, request: Request[Any, Any, Any], person: Person | None) -> Ticket:
         """For one writing request. Raises 503 while the projection can't follow: an answer would
@@ -52,9 +61,18 @@ class Gateway:
             route=f"{request.method} {request.url.path}",
             key=request.headers.get("idempotency-key"),
             body=await request.body(),
+            traceparent=_traceparent(request.headers.get("traceparent")),
         )
 
 
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+
+
+def _traceparent(given: str | None) -> str | None:
+    """The caller's W3C trace context, if it is one: it goes with the command and its events."""
+    return given if given and _TRACEPARENT.fullmatch(given) else None
+
+
 def check_page(page: int, per_page: int) -> None:
-    if page < 1 or not 1 <= per_page <= 1000:
+    if not 1 <= page <= 1_000_000_000 or not 1 <= per_page <= 1000:
         raise ApiError(400, "page starts at 1, per_page goes from 1 to 1000")

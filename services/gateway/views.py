@@ -106,6 +106,17 @@ class Views:
             per_page,
             (page - 1) * per_page,
         )
+        if not rows and page > 1:  # the count comes with the rows, and there are none so far on
+            _, total = await self.list_checkpoints(
+                person,
+                page=1,
+                per_page=1,
+                username=username,
+                types=types,
+                status=status,
+                roles=roles,
+            )
+            return [], total
         total = rows[0]["total"] if rows else 0
         return [_checkpoint.decode(row["state"]) for row in rows], total
 
@@ -150,6 +161,17 @@ class Views:
             per_page,
             (page - 1) * per_page,
         )
+        if not rows and page > 1:
+            _, total = await self.list_jobs(
+                page=1,
+                per_page=1,
+                owner=owner,
+                status=status,
+                task_type=task_type,
+                inference_type=inference_type,
+                endpoint_name=endpoint_name,
+            )
+            return [], total
         total = rows[0]["total"] if rows else 0
         return [_job.decode(row["state"]) for row in rows], total
 

@@ -139,7 +139,7 @@ class Bus:
     async def _take_reports(self) -> None:
         """In the place of the endpoints service."""
         queue = await self.js.pull_subscribe_bind("endpoints", "COMMANDS")
-        while True:
+        while not self.client.is_closed:
             with contextlib.suppress(nats.errors.Error, TimeoutError):
                 (message,) = await queue.fetch(1, timeout=1)
                 report = payload(cloud.decode(message.data))
@@ -200,7 +200,7 @@ class Bus:
     async def make_endpoint(self, name: str = "", **fields: object) -> endpoints.Endpoint:
         """An endpoint in service with a queue, as the endpoints service would leave it."""
         endpoint_id = new_id()
-        known = {
+        known: dict[str, Any] = {
             "version": 2,
             "endpoint_id": endpoint_id,
             "endpoint_name": name or f"esd-async-{endpoint_id[:8]}",

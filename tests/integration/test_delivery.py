@@ -88,15 +88,15 @@ async def test_a_repeated_command_is_answered_again_when_its_answer_was_lost(tri
 
 
 async def test_what_a_crash_left_unsent_is_sent_by_the_relay(bus: Bus, folder: Path) -> None:
-    command = role()
-    await bus.start(TRIAL, trial_folder=folder, dies_before_publish="true")
+    command = role("unsent")
+    await bus.start(TRIAL, trial_folder=folder)
     id_ = await bus.send(command)
     assert bus.process
     await asyncio.to_thread(bus.process.wait, 20)
     assert await version(bus, command) == 1
     await bus.catch_up()
     assert not bus.caused_by(id_)
-    await bus.start(TRIAL, trial_folder=folder)
+    await bus.start()
     assert isinstance(await bus.answer(id_, seconds=5), RoleCreated)
     assert len(runs(folder, command)) == 1
     bus.kill()

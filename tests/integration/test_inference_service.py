@@ -129,8 +129,11 @@ async def test_jobs_spread_over_the_endpoints(bus: Bus) -> None:
     for _ in range(4):
         job = await bus.make_job()
         await bus.start_job(job.job_id, *pools)
-    for pool in pools:
-        await until(lambda pool=pool: bus.waiting(pool.endpoint_id), 2)
+
+    async def waiting() -> list[int]:
+        return [await bus.waiting(pool.endpoint_id) for pool in pools]
+
+    await until(waiting, [2, 2])
 
 
 async def test_a_job_without_params_fails_and_says_so(bus: Bus) -> None:

@@ -4,7 +4,6 @@ the engine is a fake one: `fake_engine.py` does in its process what the params t
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import signal
 import subprocess
 import tempfile
@@ -20,8 +19,6 @@ from deploy.local.installation import JOBS_BUCKET, MODELS_BUCKET
 from deploy.local.processes import http_status
 from deploy.local.stack import Stack
 from shared.contracts import endpoints, inference
-from shared.contracts.endpoints import ReportInstance
-from shared.contracts.registry import payload
 from shared.contracts.subjects import JOBS, jobs_durable
 from tests.integration.inference_bus import Bus, until
 

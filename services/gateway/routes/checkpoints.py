@@ -9,7 +9,7 @@ from litestar.openapi.datastructures import ResponseSpec
 from services.gateway import compat
 from services.gateway.auth import EVERYONE, Person
 from services.gateway.errors import ApiError
-from services.gateway.routes.answers import READ, WRITE, WRITE_ONE
+from services.gateway.routes.answers import READ_ONE, WRITE, WRITE_ONE
 from services.gateway.schemas import (
     Answer,
     Checkpoints,
@@ -38,7 +38,7 @@ from shared.contracts.models import (
 IN_PROGRESS = "Checkpoint creation in progress, please check later"
 
 
-@get("/checkpoints", operation_id="ListCheckpoints", tags=["Checkpoints"], responses=READ)
+@get("/checkpoints", operation_id="ListCheckpoints", tags=["Checkpoints"], responses=READ_ONE)
 async def list_checkpoints(
     request: Request[Any, Any, Any],
     gateway: Gateway,
@@ -51,7 +51,7 @@ async def list_checkpoints(
 ) -> Answer[Checkpoints]:
     """The checkpoints that you may use, newest first."""
     check_page(page, per_page)
-    person = gateway.authorize(request, "checkpoint:list")
+    person = await gateway.authorize(request, "checkpoint:list")
     if username is not None and username not in gateway.directory.users:
         raise ApiError(404, f'user: "{username}" not exist')
     checkpoints, total = await gateway.views.list_checkpoints(
@@ -98,7 +98,7 @@ async def create_checkpoint(
     if not isinstance(message, str):
         raise ApiError(400, "params.message: expected a string")
     compat.claim(request, _text(data.params.get("creator")))
-    person = gateway.authorize(request, "checkpoint:create")
+    person = await gateway.authorize(request, "checkpoint:create")
     ticket = await gateway.ticket(request, person)
     more = {k: v for k, v in data.params.items() if k not in ("message", "creator", "created")}
     command = CreateCheckpoint(
@@ -162,7 +162,7 @@ async def update_checkpoint(
     command = _update_command(id, data)
     existing = await gateway.views.find_checkpoint(id)
     compat.claim(request, existing.creator if existing else None)
-    person = gateway.authorize(request, "checkpoint:create")
+    person = await gateway.authorize(request, "checkpoint:create")
     _check_owner(person, existing)
     ticket = await gateway.ticket(request, person)
     await gateway.dispatcher.send(command, ticket)
@@ -206,7 +206,7 @@ async def delete_checkpoints(
     """Deletes checkpoints and their files. What does not exist is passed over."""
     found = [await gateway.views.find_checkpoint(id_) for id_ in data.checkpoint_id_list]
     compat.claim(request, next((c.creator for c in found if c), None))
-    person = gateway.authorize(request, "checkpoint:all")
+    person = await gateway.authorize(request, "checkpoint:all")
     for checkpoint in found:
         if checkpoint:
             _check_owner(person, checkpoint)

@@ -27,7 +27,7 @@ async def list_endpoints(
 ) -> Answer[Endpoints]:
     """The endpoints that your roles may use, oldest first."""
     compat.claim(request, username)
-    person = gateway.authorize(request, "sagemaker_endpoint:list")
+    person = await gateway.authorize(request, "sagemaker_endpoint:list")
     endpoints = [e for e in await gateway.views.list_endpoints() if person.may_use_endpoint(e)]
     return Answer(200, Endpoints(endpoints=[endpoint_view(endpoint) for endpoint in endpoints]))
 
@@ -43,7 +43,7 @@ async def create_endpoint(
     request: Request[Any, Any, Any], gateway: Gateway, data: CreateEndpointBody
 ) -> Answer[EndpointView]:
     """Deploys a pool of workers. It takes jobs once GET /endpoints shows it `InService`."""
-    person = gateway.authorize(request, "sagemaker_endpoint:create")
+    person = await gateway.authorize(request, "sagemaker_endpoint:create")
     instances = count(data.initial_instance_count)
     if instances < 1:
         raise ApiError(400, "initial_instance_count: at least 1")
@@ -99,7 +99,7 @@ async def delete_endpoints(
     if names is None:
         raise ApiError(400, 'object has missing required properties (["delete_endpoint_list"])')
     compat.claim(request, data.username or None)
-    person = gateway.authorize(request, "sagemaker_endpoint:all")
+    person = await gateway.authorize(request, "sagemaker_endpoint:all")
     for endpoint in await gateway.views.list_endpoints():
         if endpoint.endpoint_name in names and not person.may_use_endpoint(endpoint):
             raise ApiError(403, f'endpoint "{endpoint.endpoint_name}" belongs to other roles')

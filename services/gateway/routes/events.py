@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from litestar import Request, get
+from litestar.openapi.datastructures import ResponseSpec
 from litestar.response import Stream
 
 from services.gateway import compat
@@ -17,7 +18,7 @@ def _last_event_id(request: Request[Any, Any, Any]) -> int | None:
     given = request.headers.get("last-event-id", "").strip()
     if not given:
         return None
-    if not given.isdigit():
+    if not (given.isascii() and given.isdigit() and len(given) <= 18):
         raise ApiError(400, "Last-Event-ID: expected the id of an event, a number")
     return int(given)
 
@@ -30,13 +31,28 @@ def _stream(frames: AsyncIterator[bytes]) -> Stream:
     )
 
 
-@get("/events", operation_id="FollowEvents", tags=["Events"], responses=READ)
+SERVER_SENT_EVENTS = {
+    200: ResponseSpec(
+        str,
+        description="Server-Sent Events",
+        media_type="text/event-stream",
+        generate_examples=False,
+    )
+}
+
+
+@get(
+    "/events",
+    operation_id="FollowEvents",
+    tags=["Events"],
+    responses={**READ, **SERVER_SENT_EVENTS},
+)
 async def follow_events(request: Request[Any, Any, Any], gateway: Gateway) -> Stream:
     """Server-Sent Events of all that you may see, from now on, or from `Last-Event-ID` on.
 
     `event` is the message type (`inference.job_succeeded.v1`), `data` a CloudEvents envelope whose
     `data` is the full state. `event: progress` tells the steps of running jobs."""
-    person = gateway.authorize(request, None)
+    person = await gateway.authorize(request, None)
     after = _last_event_id(request)
     return _stream(gateway.hub.stream(visible_to(person), job_id=None, after=after))
 
@@ -45,14 +61,14 @@ async def follow_events(request: Request[Any, Any, Any], gateway: Gateway) -> St
     "/inferences/{id:str}/events",
     operation_id="FollowInferenceJob",
     tags=["Events"],
-    responses=READ_ONE,
+    responses={**READ_ONE, **SERVER_SENT_EVENTS},
 )
 async def follow_inference(request: Request[Any, Any, Any], gateway: Gateway, id: str) -> Stream:
     """Server-Sent Events of one job, from its beginning or from `Last-Event-ID` on, with its
     progress; ends when the job has ended."""
     job = await gateway.views.find_job(id)
     compat.claim(request, job.owner if job else None)
-    person = gateway.authorize(request, "inference:list")
+    person = await gateway.authorize(request, "inference:list")
     if job is None:
         raise ApiError(404, f"inference with id {id} not found")
     if not person.may_see_job(job):

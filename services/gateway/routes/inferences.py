@@ -10,7 +10,7 @@ from services.gateway.auth import Person
 from services.gateway.dispatch import Ticket
 from services.gateway.errors import ApiError
 from services.gateway.projections import FINISHED
-from services.gateway.routes.answers import READ, READ_ONE, WRITE_ONE
+from services.gateway.routes.answers import READ, READ_ONE, WRITE, WRITE_ONE
 from services.gateway.schemas import (
     Answer,
     CreatedInference,
@@ -51,7 +51,7 @@ async def list_inferences(
     """Your jobs, newest first; whoever manages users sees everybody's."""
     check_page(page, per_page)
     compat.claim(request, username)
-    person = gateway.authorize(request, "inference:list")
+    person = await gateway.authorize(request, "inference:list")
     if username is not None and not person.owns(username):
         raise ApiError(403, f'the jobs of "{username}" are not yours to list')
     jobs, total = await gateway.views.list_jobs(
@@ -90,7 +90,7 @@ async def create_inference(
 ) -> Response[Answer[CreatedInference]]:
     """Creates a job. PUT its params to `api_params_s3_upload_url`, then start it."""
     compat.claim(request, data.user_id or None)
-    person = gateway.authorize(request, "inference:create")
+    person = await gateway.authorize(request, "inference:create")
     if data.user_id and data.user_id != person.username and not gateway.settings.esd_compat:
         raise ApiError(403, f'user_id: you are "{person.username}", not "{data.user_id}"')
     if data.payload_string is not None and not gateway.settings.esd_compat:
@@ -185,7 +185,7 @@ async def start_inference(
     or 202 when it takes longer than the gateway waits."""
     job = await gateway.views.find_job(id)
     compat.claim(request, job.owner if job else None)
-    person = gateway.authorize(request, "inference:create")
+    person = await gateway.authorize(request, "inference:create")
     if job is None:
         raise _not_found(id)
     _check_owner(person, job)
@@ -236,21 +236,21 @@ async def get_inference(
     """One job, with presigned URLs of its images once it has succeeded."""
     job = await gateway.views.find_job(id)
     compat.claim(request, job.owner if job else None)
-    person = gateway.authorize(request, "inference:list")
+    person = await gateway.authorize(request, "inference:list")
     if job is None:
         raise _not_found(id)
     _check_owner(person, job)
     return Answer(200, await _view(gateway, job))
 
 
-@delete("/inferences", operation_id="DeleteInferenceJobs", tags=["Inferences"], responses=READ)
+@delete("/inferences", operation_id="DeleteInferenceJobs", tags=["Inferences"], responses=WRITE)
 async def delete_inferences(
     request: Request[Any, Any, Any], gateway: Gateway, data: DeleteInferencesBody
 ) -> None:
     """Deletes jobs with their images. What does not exist is passed over."""
     found = [await gateway.views.find_job(id_) for id_ in data.inference_id_list]
     compat.claim(request, next((job.owner for job in found if job), None))
-    person = gateway.authorize(request, "inference:create")
+    person = await gateway.authorize(request, "inference:create")
     for job in found:
         if job:
             _check_owner(person, job)

@@ -31,6 +31,7 @@ from shared.unit_of_work import utc_now
 )
 async def create_access_token(gateway: Gateway, data: LogInBody) -> AccessToken:
     """Username and password for an access token that expires by itself."""
+    await gateway.catch_up()
     token = await gateway.authenticator.log_in(data.username, data.password)
     return AccessToken(
         access_token=token, token_type="Bearer", expires_in=gateway.authenticator.seconds
@@ -40,7 +41,7 @@ async def create_access_token(gateway: Gateway, data: LogInBody) -> AccessToken:
 @get("/auth/tokens", operation_id="ListTokens", tags=["Tokens"], responses=READ)
 async def list_tokens(request: Request[Any, Any, Any], gateway: Gateway) -> Answer[Tokens]:
     """Your own personal tokens, without their secret."""
-    person = gateway.authorize(request, None)
+    person = await gateway.authorize(request, None)
     mine = [t for t in gateway.directory.tokens.values() if t.username == person.username]
     mine.sort(key=lambda token: token.created_at)
     return Answer(200, Tokens(tokens=[token_view(token) for token in mine]))
@@ -51,7 +52,7 @@ async def create_token(
     request: Request[Any, Any, Any], gateway: Gateway, data: CreateTokenBody
 ) -> Answer[NewToken]:
     """A long-lived personal token for scripts. Its secret is shown this once."""
-    person = gateway.authorize(request, None)
+    person = await gateway.authorize(request, None)
     ticket = await gateway.ticket(request, person)
     if ticket.repeatable:
         raise ApiError(400, "a token's secret is shown once: leave out Idempotency-Key")
@@ -74,7 +75,7 @@ async def create_token(
 )
 async def revoke_token(request: Request[Any, Any, Any], gateway: Gateway, token_id: str) -> None:
     """Ends one of your personal tokens at once."""
-    person = gateway.authorize(request, None)
+    person = await gateway.authorize(request, None)
     command = RevokeToken(token_id=token_id, username=person.username)
     await gateway.dispatcher.send(command, await gateway.ticket(request, person))
 

@@ -6,19 +6,19 @@ from litestar import Request, delete, get, post
 
 from services.gateway.auth import check_no_escalation, permissions_of_roles, person_of
 from services.gateway.errors import ApiError
-from services.gateway.routes.answers import READ, WRITE
+from services.gateway.routes.answers import READ_ONE, WRITE
 from services.gateway.schemas import Answer, CreateUserBody, DeleteUsersBody, Message, Users
 from services.gateway.state import Gateway
 from services.gateway.views import user_view
 from shared.contracts.identity import CreateUser, DeleteUsers
 
 
-@get("/users", operation_id="ListUsers", tags=["Users"], responses=READ)
+@get("/users", operation_id="ListUsers", tags=["Users"], responses=READ_ONE)
 async def list_users(
     request: Request[Any, Any, Any], gateway: Gateway, username: str | None = None
 ) -> Answer[Users]:
     """All users, or the one named. Passwords are stored as hashes and never shown."""
-    gateway.authorize(request, "user:list")
+    await gateway.authorize(request, "user:list")
     directory = gateway.directory
     if username is not None and username not in directory.users:
         raise ApiError(404, f'user: "{username}" not exist')
@@ -39,7 +39,7 @@ async def create_user(
     else:
         if data.initial:
             raise ApiError(400, "initial: this deployment already has users; leave it out")
-        person = gateway.authorize(request, "user:create")
+        person = await gateway.authorize(request, "user:create")
         granted = permissions_of_roles(gateway.directory, data.roles) | set(data.permissions)
         check_no_escalation(person, granted)
         old = person_of(gateway.directory, data.username)
@@ -65,7 +65,7 @@ async def delete_users(
     request: Request[Any, Any, Any], gateway: Gateway, data: DeleteUsersBody
 ) -> None:
     """Deletes users; their tokens end at once. What does not exist is passed over."""
-    person = gateway.authorize(request, "user:all")
+    person = await gateway.authorize(request, "user:all")
     for name in data.user_name_list:
         other = person_of(gateway.directory, name)
         check_no_escalation(person, set(other.permissions) if other else set())

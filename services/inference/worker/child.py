@@ -7,6 +7,7 @@ worker that started it, even in the middle of a long C call.
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import importlib
 import os
 import queue
@@ -53,6 +54,7 @@ def main() -> None:
     _die_with(int(parent))
     inbox, outbox = _take_pipes()
     logs.configure("engine")
+    faulthandler.enable()  # a crash in C leaves its Python lines in the log
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the worker decides when a job has had its time
     requests: queue.SimpleQueue[Request] = queue.SimpleQueue()

@@ -17,11 +17,18 @@ from services.inference.worker import frames
 from shared.contracts.inference import RunJob
 from shared.errors import DarkroomError
 from shared.logs import get_logger
+from shared.settings import PREFIX
 
 log = get_logger(__name__)
 
 START_SECONDS = 300.0
 """The first import of some libraries compiles for minutes."""
+
+KILL_SECONDS = 10.0
+
+INHERITED = ("DARKROOM_ENDPOINT_ID", "DARKROOM_INSTANCE_ID")
+"""Of our settings, those by which a launcher knows what belongs to a worker. The engine reads files
+that strangers made: it gets no password."""
 
 OnStep = Callable[[int, int], Awaitable[None]]
 
@@ -60,6 +67,11 @@ class EngineProcess:
     async def start(self) -> None:
         """Returns when the engine is loaded. Raises EngineDied if it can't be."""
         await self.kill()
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(PREFIX) or name in INHERITED
+        }
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -70,6 +82,7 @@ class EngineProcess:
             str(os.getpid()),
             stdin=PIPE,
             stdout=PIPE,
+            env=environment,
         )
         try:
             async with asyncio.timeout(START_SECONDS):
@@ -108,11 +121,16 @@ class EngineProcess:
             raise
 
     async def kill(self) -> None:
-        if self._process is None:
+        """Returns when there is no engine, or none that anybody could still end."""
+        process, self._process = self._process, None
+        if process is None:
             return
         with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
-        await self._process.wait()
+            process.kill()
+        try:
+            await asyncio.wait_for(process.wait(), KILL_SECONDS)
+        except TimeoutError:
+            log.error("engine_left_behind", pid=process.pid)  # stuck in a driver
 
     async def _result(self, on_step: OnStep) -> Result:
         while True:
@@ -156,12 +174,13 @@ class EngineProcess:
 
     async def _died(self, cause: str | None = None) -> EngineDied:
         """What to raise, once the process is really gone."""
-        assert self._process is not None
+        process = self._process
+        assert process is not None
         if cause is None:
             with contextlib.suppress(TimeoutError):  # it may have closed its pipe and live on
-                await asyncio.wait_for(self._process.wait(), 5)
+                await asyncio.wait_for(process.wait(), 5)
         await self.kill()
-        death = EngineDied(cause or _cause_of_death(self._process.returncode))
+        death = EngineDied(cause or _cause_of_death(process.returncode))
         log.warning("engine_died", cause=str(death))
         return death
 

@@ -198,7 +198,7 @@ class Jobs:
         return names, info
 
     async def _fail(self, delivery: Delivery, reason: str) -> None:
-        log.info("job_failed", reason=reason)
+        log.info("job_failed")  # the reason may quote the params
         report = ReportJobFailed(**self._about(delivery), reason=reason[:2000])
         await self._report(delivery, report)
 

@@ -216,14 +216,15 @@ def _render(
         return state
 
     batch = len(seeds)
+    # One generator per picture, on the CPU: a picture depends on its own seed alone, on any device
+    # and in any batch.
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     arguments: dict[str, Any] = {
         "prompt_embeds": conditioning.positive.repeat(batch, 1, 1),
         "negative_prompt_embeds": conditioning.negative.repeat(batch, 1, 1),
         "num_inference_steps": steps,
         "guidance_scale": params.cfg_scale,
-        # One generator per picture, on the CPU: a picture depends on its own seed alone, on any
-        # device and in any batch.
-        "generator": [torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+        "generator": generators,
         "output_type": "latent",
         "callback_on_step_end": on_step,
     }
@@ -235,7 +236,11 @@ def _render(
             "strength": min(1.0, (taken + 0.5) / steps),  # diffusers rounds steps * strength down
         }
     else:
-        arguments |= {"width": params.width, "height": params.height}
+        factor = pipeline.vae_scale_factor
+        shape = (1, checkpoint.unet.config.in_channels)
+        shape += (params.height // factor, params.width // factor)
+        noise = torch.cat([torch.randn(shape, generator=one) for one in generators])
+        arguments["latents"] = noise.to(checkpoint.unet.device, checkpoint.unet.dtype)
     latents: Tensor = pipeline(**arguments).images
     if not torch.isfinite(latents).all():
         raise JobFailure(

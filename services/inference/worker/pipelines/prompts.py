@@ -30,9 +30,9 @@ _PIECES = re.compile(
     |:""",
     re.VERBOSE,
 )
-_BREAK = re.compile(r"\s*\bBREAK\b\s*", re.DOTALL)
+_BREAK = re.compile(r"\bBREAK\b")
 _NETWORK = re.compile(r"<(?:lora|lyco|hypernet):([^:<>]+)(?::[^<>]*)?>")
-_EDITING = re.compile(r"\[[^\[\]()]*?[:|][^\[\]()]*\]")
+_BRACKETED = re.compile(r"\[([^\[\]()]*)\]")
 _AND = re.compile(r"\bAND\b")
 
 
@@ -57,7 +57,7 @@ def plain_prompt(prompt: str) -> tuple[str, list[str]]:
         for found in _NETWORK.finditer(prompt)
     ]
     prompt = _NETWORK.sub("", prompt)
-    if _EDITING.search(prompt):
+    if any(":" in inner or "|" in inner for inner in _BRACKETED.findall(prompt)):
         warnings.append("prompt: [from:to:when] and [a|b] are read as plain text by this version")
     if _AND.search(prompt):
         warnings.append("prompt: AND is read as plain text by this version")
@@ -91,11 +91,13 @@ def parse_attention(prompt: str) -> list[Weighted]:
         elif text == "]" and square_starts:
             multiply(square_starts.pop(), 1 / 1.1)
         else:
-            for number, part in enumerate(_BREAK.split(text)):
+            parts = _BREAK.split(text)
+            for number, part in enumerate(parts):
                 if number:
                     texts.append(None)
                     weights.append(1.0)
-                texts.append(part)
+                    part = part.lstrip()
+                texts.append(part.rstrip() if number < len(parts) - 1 else part)
                 weights.append(1.0)
     for start in round_starts:
         multiply(start, 1.1)
