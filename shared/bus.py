@@ -103,13 +103,15 @@ def pull(
 ) -> None:
     """Binds `handler` to a durable pull consumer that exists; never creates or changes one.
 
+    A fetch that was under way when NATS went down waits out its timeout: keep it short.
+
     Fetches one message at a time: nats-py 2.16 keeps a lone message of a larger batch back until
     the fetch times out. `parallel` handlers run at once all the same."""
     broker.subscriber(
         subject=durable,
         durable=durable,
         stream=JStream(stream, declare=False),
-        pull_sub=PullSub(batch_size=1, timeout=30.0),
+        pull_sub=PullSub(batch_size=1, timeout=3.0),
         max_workers=parallel,
         inbox_prefix=f"_INBOX_{user}.".encode(),
         ack_policy=AckPolicy.NACK_ON_ERROR,

@@ -14,6 +14,7 @@ import contextlib
 import fcntl
 import json
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -507,6 +508,15 @@ async def _run(installation: Installation, *, services: bool) -> int:
     return await Supervisor(installation, services=services).run()
 
 
+def _raise_file_limit() -> None:
+    """For our children: the usual 1024 open files are few for event streams and connections."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 65_536 if hard == resource.RLIM_INFINITY else min(hard, 65_536)
+    if soft < wanted:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def main(arguments: list[str]) -> int:
     installation = Installation.open()
     with open(lock_file(installation), "a") as lock:
@@ -514,6 +524,7 @@ def main(arguments: list[str]) -> int:
             _log("another supervisor is running")
             return 1
         _log(f"supervisor {os.getpid()} starts")
+        _raise_file_limit()
         return asyncio.run(_run(installation, services="--servers-only" not in arguments))
 
 

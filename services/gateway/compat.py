@@ -5,8 +5,9 @@ proving it, so with this profile whoever holds the API key can act as any user. 
 
 - every route also under /prod; `x-api-version` and CORS headers on every answer
 - the person: base16 of the username as bearer token, or a `username` header, or with the API key
-  alone the user that the body or the job names
+  alone the user that the body or the job names, or an administrator where ESD asks for nobody
 - keys that the original ignores are ignored; missing ones are named in the original's words
+- GET /checkpoints also shows `checkpoints` beside `data`
 - creating a role or user that exists updates it; `initial` makes the first user of an empty place
 - DELETE /endpoints takes `endpoint_name_list`; names get the prefix `esd-async-`, `esd-real-time-`
 - POST /inferences takes `payload_string`: the params inline, started at once
@@ -61,9 +62,17 @@ def username_of(request: Request[Any, Any, Any]) -> str | None:
     return claimed
 
 
-def claim(request: Request[Any, Any, Any], username: str | None) -> None:
-    """For requests with the API key alone: acts as the user whom the body or the job names."""
+def claim(
+    request: Request[Any, Any, Any], username: str | None, *, or_administrator: bool = False
+) -> None:
+    """For requests with the API key alone: acts as the user whom the body or the job names.
+    `or_administrator`: where ESD's clients may leave that out as well."""
     request.scope["state"]["claimed_user"] = username
+    request.scope["state"]["claims_administrator"] = or_administrator
+
+
+def claims_administrator(request: Request[Any, Any, Any]) -> bool:
+    return bool(request.scope["state"].get("claims_administrator"))
 
 
 _MISSING = re.compile(r"Object missing required field `([^`]+)`")

@@ -262,6 +262,15 @@ class Checkpoints(Struct, frozen=True, kw_only=True):
     checkpoints: list[CheckpointItem]
 
 
+class ListedCheckpoints(Struct, frozen=True, kw_only=True):
+    """`checkpoints` beside `data`: ESD profile only, some old clients read it there."""
+
+    statusCode: int
+    data: Checkpoints
+    message: str = "OK"
+    checkpoints: list[CheckpointItem] | UnsetType = UNSET
+
+
 # Endpoints
 
 

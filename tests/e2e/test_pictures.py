@@ -157,7 +157,7 @@ def test_img2img_keeps_more_of_the_picture_the_less_it_may_change(artist: Client
         return float(np.abs(picture.astype(int) - start.astype(int)).mean())
 
     little, much = changed(0.1), changed(0.95)
-    assert little < 25 < much
+    assert little * 2 < much
 
 
 def test_rembg_cuts_the_foreground_out(artist: Client) -> None:

@@ -98,7 +98,7 @@ async def delete_endpoints(
         names = data.endpoint_name_list
     if names is None:
         raise ApiError(400, 'object has missing required properties (["delete_endpoint_list"])')
-    compat.claim(request, data.username or None)
+    compat.claim(request, data.username or None, or_administrator=True)
     person = await gateway.authorize(request, "sagemaker_endpoint:all")
     for endpoint in await gateway.views.list_endpoints():
         if endpoint.endpoint_name in names and not person.may_use_endpoint(endpoint):

@@ -67,7 +67,7 @@ async def follow_inference(request: Request[Any, Any, Any], gateway: Gateway, id
     """Server-Sent Events of one job, from its beginning or from `Last-Event-ID` on, with its
     progress; ends when the job has ended."""
     job = await gateway.views.find_job(id)
-    compat.claim(request, job.owner if job else None)
+    compat.claim(request, job.owner if job else None, or_administrator=True)
     person = await gateway.authorize(request, "inference:list")
     if job is None:
         raise ApiError(404, f"inference with id {id} not found")

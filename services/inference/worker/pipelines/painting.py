@@ -237,8 +237,8 @@ def _render(
         }
     else:
         factor = pipeline.vae_scale_factor
-        shape = (1, checkpoint.unet.config.in_channels)
-        shape += (params.height // factor, params.width // factor)
+        channels = checkpoint.unet.config.in_channels
+        shape = (1, channels, params.height // factor, params.width // factor)
         noise = torch.cat([torch.randn(shape, generator=one) for one in generators])
         arguments["latents"] = noise.to(checkpoint.unet.device, checkpoint.unet.dtype)
     latents: Tensor = pipeline(**arguments).images
