@@ -9,7 +9,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -19,6 +20,7 @@ from faststream.exceptions import NackMessage
 from faststream.nats import JStream, NatsBroker, NatsMessage, PullSub
 from faststream.security import SASLPlaintext
 from nats.aio.client import Client
+from nats.aio.msg import Msg
 from nats.js import JetStreamContext
 from nats.js.errors import NotFoundError
 
@@ -26,7 +28,7 @@ from shared import logs
 from shared.contracts import envelope as cloud
 from shared.contracts.envelope import DeadLetter, Envelope, Message
 from shared.contracts.registry import TYPES
-from shared.contracts.subjects import dead_subject
+from shared.contracts.subjects import ACK_WAIT, dead_subject
 from shared.errors import Retry
 from shared.postgres import AWAY
 from shared.settings import BusSettings
@@ -37,6 +39,8 @@ log = logs.get_logger(__name__)
 MAX_ATTEMPTS = 6
 PAUSES = (0.2, 1.0, 3.0, 8.0, 20.0)
 """Seconds before the second, third … attempt."""
+PULL_SECONDS = 3.0
+"""A pull that a restart of the bus has swallowed is noticed after this long."""
 
 Handlers = Mapping[type[Message], Handler]
 
@@ -135,56 +139,47 @@ class Receiver:
         self._handlers = handlers
 
     async def receive(self, message: NatsMessage) -> None:
-        raw = message.raw_message
+        async with _heartbeat(message):
+            await self._receive(message.raw_message)
+
+    async def _receive(self, raw: Msg) -> None:
         attempt = raw.metadata.num_delivered
         try:
             envelope = cloud.decode(raw.data)
         except msgspec.MsgspecError as error:
-            await self._bury(raw.data, f"no envelope: {error}", attempt)
+            await self._bury(raw, f"no envelope: {error}", attempt)
             return
         logs.bind(envelope.correlation_id, type=envelope.type, message_id=envelope.id)
         handler = self._handlers.get(TYPES.get(envelope.type, Message))
         if handler is None:
             if envelope.type.split(".")[0] == self._service:
-                await self._give_up(envelope, raw.data, f"unknown type {envelope.type}", attempt)
+                await self._give_up(envelope, raw, f"unknown type {envelope.type}", attempt)
             return  # a foreign event that this service does not care about
         if attempt > MAX_ATTEMPTS:
-            await self._give_up(envelope, raw.data, "its handler died every time", attempt - 1)
+            await self._give_up(envelope, raw, "its handler died every time", attempt - 1)
             return
         try:
-            await self._process(envelope, handler, message)
+            await _outlast_postgres(lambda: self._work.process(envelope, handler))
         except msgspec.MsgspecError as error:
-            await self._give_up(envelope, raw.data, f"bad payload: {error}", attempt)
+            await self._give_up(envelope, raw, f"bad payload: {error}", attempt)
         except Exception as error:
             if not isinstance(error, Retry):
                 log.exception("handler_failed", attempt=attempt)
             if attempt >= MAX_ATTEMPTS:
-                await self._give_up(envelope, raw.data, repr(error), attempt)
+                await self._give_up(envelope, raw, repr(error), attempt)
             else:
                 raise NackMessage(delay=PAUSES[min(attempt, len(PAUSES)) - 1]) from error
 
-    async def _process(self, envelope: Envelope, handler: Handler, message: NatsMessage) -> None:
-        """An unreachable database is nobody's fault: the message waits here until it is back,
-        which does not count as an attempt."""
-        while True:
-            try:
-                await self._work.process(envelope, handler)
-                return
-            except AWAY as error:
-                log.warning("waiting_for_postgres", error=repr(error))
-                await message.in_progress()
-                await asyncio.sleep(0.5)
-
-    async def _give_up(self, envelope: Envelope, body: bytes, reason: str, attempts: int) -> None:
-        await self._bury(body, reason, attempts)
+    async def _give_up(self, envelope: Envelope, raw: Msg, reason: str, attempts: int) -> None:
+        await self._bury(raw, reason, attempts)
         if envelope.type.split(".")[0] == self._service:
-            await self._work.refuse(
-                envelope, "darkroom.failed", "the command failed inside Darkroom; see its log"
-            )
+            told = "the command failed inside Darkroom; see its log"
+            await _outlast_postgres(lambda: self._work.refuse(envelope, "darkroom.failed", told))
 
-    async def _bury(self, body: bytes, reason: str, attempts: int) -> None:
+    async def _bury(self, raw: Msg, reason: str, attempts: int) -> None:
         """Raises (so that the message is kept) when the DEAD stream does not take it."""
         log.error("dead_letter", reason=reason, attempts=attempts)
+        body = raw.data
         try:
             whole = msgspec.Raw(msgspec.json.encode(msgspec.json.decode(body)))
         except msgspec.DecodeError:
@@ -195,4 +190,41 @@ class Receiver:
             source=self._service,
             subject=self._service,
         )
-        await self._js.publish(dead_subject(self._service), cloud.encode(letter), timeout=5)
+        origin = raw.metadata
+        await self._js.publish(
+            dead_subject(self._service),
+            cloud.encode(letter),
+            timeout=5,
+            headers={"Nats-Msg-Id": f"{self._service}/{origin.stream}/{origin.sequence.stream}"},
+        )
+
+
+async def _outlast_postgres(work: Callable[[], Awaitable[None]]) -> None:
+    """An unreachable database is nobody's fault: the message waits here until it is back, which
+    does not count as an attempt."""
+    while True:
+        try:
+            await work()
+            return
+        except AWAY as error:
+            log.warning("waiting_for_postgres", error=repr(error))
+            await asyncio.sleep(0.5)
+
+
+@contextlib.asynccontextmanager
+async def _heartbeat(message: NatsMessage) -> AsyncIterator[None]:
+    """Keeps a message ours while its work goes on, so that ACK_WAIT can be short."""
+
+    async def beat() -> None:
+        while True:
+            await asyncio.sleep(ACK_WAIT / 3)
+            try:
+                await message.in_progress()
+            except Exception as error:
+                log.warning("heartbeat_missed", error=repr(error))
+
+    task = asyncio.create_task(beat())
+    try:
+        yield
+    finally:
+        task.cancel()

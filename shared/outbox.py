@@ -58,7 +58,7 @@ class Outbox:
 
     async def publish(self, rows: Sequence[OutboxRow]) -> None:
         """Stops at the first message that the stream does not take: the relay sends the rest, so
-        the messages of one transaction arrive in their order."""
+        the messages of one transaction arrive in their order. Never raises: they are safe."""
         sent = []
         try:
             for row in rows:
@@ -71,10 +71,14 @@ class Outbox:
                 sent.append(row.id)
         except Exception as error:
             log.warning("publish_postponed", subject=row.subject, error=repr(error))
-        if sent:
+        if not sent:
+            return
+        try:
             await self._pool.execute(
                 "UPDATE outbox SET sent_at = now() WHERE id = ANY($1::bigint[])", sent
             )
+        except Exception as error:  # the relay sends them once more, which harms nobody
+            log.warning("sending_not_noted", error=repr(error))
 
     async def relay(self, *, every: float = 1.0) -> None:
         """Runs until cancelled."""
@@ -115,10 +119,11 @@ class Outbox:
 
     async def resend_recent_events(self) -> None:
         """After the bus came back: what it may have lost with its last unsynced second goes out
-        once more. Only events: they are idempotent everywhere, work for a GPU is not."""
+        once more. Only events: they are idempotent everywhere, work for a GPU is not. What it did
+        not lose it recognises, for two minutes (`duplicate_window`)."""
         await self._pool.execute(
             """
             UPDATE outbox SET sent_at = NULL
-            WHERE sent_at > now() - interval '2 minutes' AND subject LIKE 'evt.%'
+            WHERE sent_at > now() - interval '1 minute' AND subject LIKE 'evt.%'
             """
         )

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -16,25 +15,21 @@ from deploy.local.stack import Stack
 
 STACK_SETTINGS = {
     "DARKROOM_GATEWAYS": "2",
-    "DARKROOM_REALTIME_TIMEOUT": "30",
+    "DARKROOM_REALTIME_TIMEOUT": "10",
+    "DARKROOM_WORKER_THREADS": "1",
 }
 
 
 @pytest.fixture(scope="session")
-def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    with Stack(_home(tmp_path_factory, "servers"), services=False, random_ports=True) as stack:
+def servers() -> Iterator[Stack]:
+    with Stack.temporary(services=False) as stack:
         yield stack
 
 
 @pytest.fixture(scope="session")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    home = _home(tmp_path_factory, "stack")
-    with Stack(home, settings=STACK_SETTINGS, random_ports=True) as stack:
+def stack() -> Iterator[Stack]:
+    with Stack.temporary(settings=STACK_SETTINGS) as stack:
         yield stack
-
-
-def _home(factory: pytest.TempPathFactory, name: str) -> Path:
-    return factory.mktemp(name) / ".darkroom"
 
 
 @pytest.fixture(scope="session")

@@ -70,17 +70,17 @@ class Resolution:
     pixels: int
     batch_size: int
     pool_size: int
-    refreshed: int  # pictures of the pool replaced after each batch
+    refreshed: float  # pictures of the pool replaced per batch, on average
     time_bias: float
 
 
 RESOLUTIONS = (
-    Resolution(64, batch_size=64, pool_size=4096, refreshed=3, time_bias=1.4),
-    Resolution(128, batch_size=16, pool_size=1024, refreshed=1, time_bias=1.8),
-    Resolution(256, batch_size=4, pool_size=320, refreshed=1, time_bias=2.2),
+    Resolution(64, batch_size=64, pool_size=2048, refreshed=2, time_bias=1.4),
+    Resolution(128, batch_size=16, pool_size=768, refreshed=0.5, time_bias=1.8),
+    Resolution(256, batch_size=4, pool_size=256, refreshed=0.2, time_bias=2.2),
 )
 # Shares of the steps each resolution gets, from a share of the training time on.
-PLAN = ((0.0, (1.0, 0.0, 0.0)), (0.28, (0.3, 0.35, 0.35)))
+PLAN = ((0.0, (1.0, 0.0, 0.0)), (0.3, (0.3, 0.35, 0.35)), (0.5, (0.25, 0.27, 0.48)))
 
 
 class LatentPool:
@@ -101,8 +101,10 @@ class LatentPool:
         """Draws the next `count` pictures anew; at the end it starts over."""
         if self._next >= self.resolution.pool_size:
             self._next = 0
+        count = min(count, self.resolution.pool_size - self._next)
+        if count == 0:
+            return
         scenes = [random_scene(self._rng) for _ in range(count)]
-        scenes = scenes[: self.resolution.pool_size - self._next]
         pictures = render_batch(scenes, self.resolution.pixels, self._rng)
         latents = self._vae.encode(pictures).latent_dist.mean * SCALING_FACTOR
         end = self._next + len(scenes)
@@ -112,7 +114,7 @@ class LatentPool:
 
     def batch(self) -> tuple[Tensor, list[Scene]]:
         """(batch_size, 4, pixels / 8, pixels / 8) latents of about unit variance, and scenes."""
-        self._replace(self.resolution.refreshed)
+        self._replace(int(self.resolution.refreshed + self._rng.random()))
         chosen = self._rng.sample(range(self.resolution.pool_size), self.resolution.batch_size)
         return self._latents[chosen], [self._scenes[index] for index in chosen]
 

@@ -142,7 +142,12 @@ class Child:
         return code, steady
 
     async def _watch(self, process: Process, begun: float) -> None:
-        while not await process.ready():
+        while True:
+            try:
+                if await process.ready():
+                    break
+            except Exception as error:  # an odd answer is no reason to stop asking
+                _log(f"{process.name}: {error!r}")
             await asyncio.sleep(0.05)
         self._state.ready = True
         self._state.ready_seconds = round(time.monotonic() - begun, 2)

@@ -29,8 +29,9 @@ from shared.contracts.registry import TYPES, is_command, type_of
 COMMANDS, EVENTS, JOBS, DEAD = "COMMANDS", "EVENTS", "JOBS", "DEAD"
 
 DAY = 86_400.0
-ACK_WAIT = 30.0
-"""Seconds after which an unanswered command is delivered again."""
+ACK_WAIT = 5.0
+"""Seconds without a heartbeat after which a command or event is delivered again: so long do those
+wait that a killed service had in hand, which is less than callers wait."""
 JOB_ACK_WAIT = 6.0
 """Seconds without a heartbeat after which a job goes to another worker."""
 JOB_HEARTBEAT = 1.5

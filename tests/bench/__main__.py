@@ -6,8 +6,6 @@ Starts a stack of its own and removes it. Trust the ratios, not the milliseconds
 from __future__ import annotations
 
 import asyncio
-import tempfile
-from pathlib import Path
 
 import psutil
 
@@ -21,14 +19,8 @@ THREADS = 1
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        settings = {"DARKROOM_WORKER_THREADS": str(THREADS)}
-        stack = Stack(Path(folder) / ".darkroom", settings=settings, random_ports=True)
-        try:
-            with stack:
-                measure(stack)
-        finally:
-            stack.delete()
+    with Stack.temporary(settings={"DARKROOM_WORKER_THREADS": str(THREADS)}) as stack:
+        measure(stack)
 
 
 def measure(stack: Stack) -> None:

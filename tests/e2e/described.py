@@ -8,8 +8,8 @@ from functools import cache
 from typing import Any, Self
 
 import httpx
-from jsonschema import Draft202012Validator
-from referencing import Registry, Resource
+from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
+from referencing import Registry
 from referencing.jsonschema import DRAFT202012
 
 from deploy.local.client import Client
@@ -26,7 +26,7 @@ class Description:
     def __init__(self, document: dict[str, Any]) -> None:
         self.document = document
         self._registry: Registry[Any] = Registry().with_resource(
-            "urn:api", Resource(contents=document, specification=DRAFT202012)
+            "urn:api", DRAFT202012.create_resource(document)
         )
         self._templates = {
             path: re.compile(re.sub(r"\{\w+\}", "[^/]+", path) + "/?") for path in document["paths"]

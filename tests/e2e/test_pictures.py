@@ -187,6 +187,17 @@ def test_a_real_time_start_answers_with_the_finished_job(artist: Client) -> None
     assert decode(artist.download(answer["data"]["img_presigned_urls"][0])).shape == (64, 64, 3)
 
 
+def test_a_real_time_start_that_takes_too_long_answers_that_it_goes_on(artist: Client) -> None:
+    body = params("a cyan cross", steps=150, n_iter=16)
+    job_id = artist.create_job("txt2img", MODEL, body, inference_type="Real-time")
+    response = artist.request("PUT", f"/inferences/{job_id}/start")
+    assert response.status_code == 202
+    inference = response.json()["data"]["inference"]
+    assert (inference["inference_id"], inference["status"]) == (job_id, "inprogress")
+    artist.call("DELETE", "/inferences", {"inference_id_list": [job_id]})
+    assert artist.request("GET", f"/inferences/{job_id}").status_code == 404
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

@@ -204,7 +204,7 @@ class Bus:
         """The one that holds `text`. Raises if there are two."""
 
         async def look() -> DeadLetter | None:
-            letters = [letter for letter in await self.dead_letters() if text in str(letter)]
+            letters = [x for x in await self.dead_letters() if text in bytes(x.envelope).decode()]
             assert len(letters) < 2, letters
             return letters[0] if letters else None
 

@@ -163,7 +163,7 @@ async def test_what_fails_for_good_becomes_a_dead_letter_and_the_caller_is_told(
     letter = await trial.dead_letter(id_)
     assert letter.attempts == 6
     assert "RuntimeError('a bug')" in letter.reason
-    assert command.role_name in str(letter.envelope)
+    assert command.role_name in bytes(letter.envelope).decode()
     assert len(runs(folder, command)) == 6
     assert await version(trial, command) is None
     await trial.until(trial.commands_left, 0)
