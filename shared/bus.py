@@ -2,7 +2,7 @@
 
 - A handler that fails is tried again after a growing pause, never terminated by one exception.
 - After MAX_ATTEMPTS the message goes to the DEAD stream with its reason, and the caller is told.
-  Attempts are counted on receipt, so a message that kills its process ends there as well.
+  A message that kills its process ends there as well, and takes no other with it (attempts.py).
 - What is no valid message goes to DEAD at once.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import nats.errors
@@ -25,6 +25,7 @@ from nats.js import JetStreamContext
 from nats.js.errors import NotFoundError
 
 from shared import logs
+from shared.attempts import Attempts
 from shared.contracts import envelope as cloud
 from shared.contracts.envelope import DeadLetter, Envelope, Message
 from shared.contracts.registry import TYPES
@@ -42,6 +43,7 @@ PAUSES = (0.2, 1.0, 3.0, 8.0, 20.0)
 PULL_SECONDS = 3.0
 """A pull that a restart of the bus has swallowed is noticed after this long."""
 
+T = TypeVar("T")
 Handlers = Mapping[type[Message], Handler]
 
 
@@ -131,11 +133,17 @@ class Receiver:
     """Turns what a consumer delivers into units of work, by the table type -> handler."""
 
     def __init__(
-        self, service: str, js: JetStreamContext, work: UnitOfWork, handlers: Handlers
+        self,
+        service: str,
+        js: JetStreamContext,
+        work: UnitOfWork,
+        attempts: Attempts,
+        handlers: Handlers,
     ) -> None:
         self._service = service
         self._js = js
         self._work = work
+        self._attempts = attempts
         self._handlers = handlers
 
     async def receive(self, message: NatsMessage) -> None:
@@ -143,18 +151,30 @@ class Receiver:
             await self._receive(message.raw_message)
 
     async def _receive(self, raw: Msg) -> None:
-        attempt = raw.metadata.num_delivered
+        deliveries = raw.metadata.num_delivered
         try:
             envelope = cloud.decode(raw.data)
         except msgspec.MsgspecError as error:
-            await self._bury(raw, f"no envelope: {error}", attempt)
+            await self._bury(raw, f"no envelope: {error}", deliveries)
             return
         logs.bind(envelope.correlation_id, type=envelope.type, message_id=envelope.id)
         handler = self._handlers.get(TYPES.get(envelope.type, Message))
         if handler is None:
             if envelope.type.split(".")[0] == self._service:
-                await self._give_up(envelope, raw, f"unknown type {envelope.type}", attempt)
+                await self._give_up(envelope, raw, f"unknown type {envelope.type}", deliveries)
             return  # a foreign event that this service does not care about
+        if deliveries == 1:
+            async with self._attempts.turn(alone=False):
+                await self._try(envelope, raw, handler, attempt=1)
+            return
+        suspect = await _outlast_postgres(lambda: self._attempts.is_suspect(envelope.id))
+        async with self._attempts.turn(alone=suspect):
+            attempt = await _outlast_postgres(lambda: self._attempts.begin_again(envelope.id))
+            await self._try(envelope, raw, handler, attempt)
+        await self._attempts.forget(envelope.id)
+
+    async def _try(self, envelope: Envelope, raw: Msg, handler: Handler, attempt: int) -> None:
+        """Raises NackMessage for another try."""
         if attempt > MAX_ATTEMPTS:
             await self._give_up(envelope, raw, "its handler died every time", attempt - 1)
             return
@@ -168,6 +188,7 @@ class Receiver:
             if attempt >= MAX_ATTEMPTS:
                 await self._give_up(envelope, raw, repr(error), attempt)
             else:
+                await self._attempts.end(envelope.id, attempt)
                 raise NackMessage(delay=PAUSES[min(attempt, len(PAUSES)) - 1]) from error
 
     async def _give_up(self, envelope: Envelope, raw: Msg, reason: str, attempts: int) -> None:
@@ -199,13 +220,12 @@ class Receiver:
         )
 
 
-async def _outlast_postgres(work: Callable[[], Awaitable[None]]) -> None:
+async def _outlast_postgres(work: Callable[[], Awaitable[T]]) -> T:
     """An unreachable database is nobody's fault: the message waits here until it is back, which
     does not count as an attempt."""
     while True:
         try:
-            await work()
-            return
+            return await work()
         except AWAY as error:
             log.warning("waiting_for_postgres", error=repr(error))
             await asyncio.sleep(0.5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from shared.settings import ObjectSettings
 
+REMEMBERED_URLS = 10_000
 MISSING = ("404", "NoSuchKey", "NotFound")
 
 
@@ -23,6 +25,7 @@ class Objects:
     def __init__(self, settings: ObjectSettings) -> None:
         self.settings = settings
         self.client: Any = None
+        self._presigned: dict[tuple[str, str], tuple[str, float]] = {}
 
     @contextlib.asynccontextmanager
     async def open(self) -> AsyncIterator[Objects]:
@@ -48,6 +51,21 @@ class Objects:
                 response_checksum_validation="when_required",
             ),
         )
+
+    async def presign_get(self, bucket: str, key: str, seconds: int) -> str:
+        """A URL that is good for at least nine tenths of `seconds`. Signing is slow, and clients
+        poll: the same URL is given out again while it is fresh."""
+        now = time.monotonic()
+        known = self._presigned.get((bucket, key))
+        if known and known[1] > now:
+            return known[0]
+        url: str = await self.client.generate_presigned_url(
+            "get_object", Params={"Bucket": bucket, "Key": key}, ExpiresIn=seconds
+        )
+        while len(self._presigned) >= REMEMBERED_URLS:
+            del self._presigned[next(iter(self._presigned))]
+        self._presigned[bucket, key] = (url, now + seconds / 10)
+        return url
 
     async def size(self, bucket: str, key: str) -> int | None:
         """Bytes of an object, None if there is none. Raises botocore errors otherwise."""

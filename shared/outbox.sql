@@ -17,3 +17,10 @@ CREATE TABLE IF NOT EXISTS outbox (
 CREATE INDEX IF NOT EXISTS outbox_unsent ON outbox (id) WHERE sent_at IS NULL;
 CREATE INDEX IF NOT EXISTS outbox_command ON outbox (command_id) WHERE command_id IS NOT NULL;
 CREATE INDEX IF NOT EXISTS outbox_sent ON outbox (sent_at) WHERE sent_at IS NOT NULL;
+
+CREATE TABLE IF NOT EXISTS attempts (
+    message_id text PRIMARY KEY,
+    number     integer NOT NULL,
+    ended      boolean NOT NULL,
+    begun_at   timestamptz NOT NULL DEFAULT now()
+);

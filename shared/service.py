@@ -20,6 +20,7 @@ from faststream.nats import NatsBroker
 from nats.js import JetStreamContext
 
 from shared import logs
+from shared.attempts import Attempts
 from shared.bus import Handlers, Receiver, make_broker, pull, wait_for_consumer
 from shared.contracts.subjects import COMMANDS, EVENTS
 from shared.health import Check, health_app
@@ -145,9 +146,10 @@ class Service:
             await self.pool.close()
 
     def _subscribe(self, broker: NatsBroker) -> None:
+        attempts = Attempts(self.pool)
         for stream, handlers in ((COMMANDS, self._commands), (EVENTS, self._reactions)):
             if handlers:
-                receiver = Receiver(self.name, self.js, self.work, handlers)
+                receiver = Receiver(self.name, self.js, self.work, attempts, handlers)
                 pull(
                     broker,
                     stream=stream,

@@ -91,7 +91,9 @@ async def _open(gateway: Gateway) -> None:
     settings = gateway.settings
     if settings.esd_compat:
         compat.announce()
-    gateway.pool = await connect_pool(settings.postgres_url, size=12)
+    gateway.pool = await connect_pool(
+        settings.postgres_url, size=12, server_settings={"synchronous_commit": "off"}
+    )
     while not await gateway.pool.fetchval("SELECT to_regclass('position') IS NOT NULL"):
         log.warning("waiting_for_migrations")
         await asyncio.sleep(0.5)

@@ -223,46 +223,38 @@ class Projector:
                 if key not in newest or newest[key].version < event.state.version:
                     newest[key] = event.state
         answers = [event for event in events if event.envelope.answers]
-        async with self._pool.acquire() as connection, connection.transaction():
-            # Whatever is lost here with the power is applied again from the stream.
-            await connection.execute("SET LOCAL synchronous_commit = off")
-            if newest:
-                await connection.execute(
-                    """
-                    INSERT INTO aggregates (kind, id, version, deleted, state)
-                    SELECT kind, id, version, deleted, state::jsonb
-                    FROM unnest($1::text[], $2::text[], $3::int[], $4::bool[], $5::text[])
-                        AS new (kind, id, version, deleted, state)
-                    ORDER BY kind, id
-                    ON CONFLICT (kind, id) DO UPDATE SET
-                        version = excluded.version, deleted = excluded.deleted,
-                        state = excluded.state
-                    WHERE aggregates.version < excluded.version
-                    """,
-                    [kind for kind, _ in newest],
-                    [id_ for _, id_ in newest],
-                    [state.version for state in newest.values()],
-                    [state.deleted for state in newest.values()],
-                    [msgspec.json.encode(state).decode() for state in newest.values()],
-                )
-            if answers:
-                await connection.execute(
-                    """
-                    UPDATE idempotency_keys SET answer = new.answer::jsonb
-                    FROM unnest($1::text[], $2::text[]) AS new (command_id, answer)
-                    WHERE idempotency_keys.command_id = new.command_id
-                    """,
-                    [event.envelope.answers for event in answers],
-                    [msgspec.json.encode(outcome_of(event)).decode() for event in answers],
-                )
-            await connection.execute(
-                """
-                INSERT INTO position (stream, seq) VALUES ($1, $2)
-                ON CONFLICT (stream) DO UPDATE SET seq = greatest(position.seq, excluded.seq)
-                """,
-                EVENTS,
-                last,
+        # One statement, so one round trip and one transaction. The gateway's connections commit
+        # without waiting for the disk: what a power cut takes is applied again from the stream.
+        await self._pool.execute(
+            """
+            WITH applied AS (
+                INSERT INTO aggregates (kind, id, version, deleted, state)
+                SELECT kind, id, version, deleted, state::jsonb
+                FROM unnest($1::text[], $2::text[], $3::int[], $4::bool[], $5::text[])
+                    AS new (kind, id, version, deleted, state)
+                ORDER BY kind, id
+                ON CONFLICT (kind, id) DO UPDATE SET
+                    version = excluded.version, deleted = excluded.deleted,
+                    state = excluded.state
+                WHERE aggregates.version < excluded.version
+            ), answered AS (
+                UPDATE idempotency_keys SET answer = new.answer::jsonb
+                FROM unnest($6::text[], $7::text[]) AS new (command_id, answer)
+                WHERE idempotency_keys.command_id = new.command_id
             )
+            INSERT INTO position (stream, seq) VALUES ($8, $9)
+            ON CONFLICT (stream) DO UPDATE SET seq = greatest(position.seq, excluded.seq)
+            """,
+            [kind for kind, _ in newest],
+            [id_ for _, id_ in newest],
+            [state.version for state in newest.values()],
+            [state.deleted for state in newest.values()],
+            [msgspec.json.encode(state).decode() for state in newest.values()],
+            [event.envelope.answers for event in answers],
+            [msgspec.json.encode(outcome_of(event)).decode() for event in answers],
+            EVENTS,
+            last,
+        )
 
     async def _forget_position(self) -> None:
         await self._pool.execute("DELETE FROM position WHERE stream = $1", EVENTS)

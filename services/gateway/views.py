@@ -296,10 +296,7 @@ async def job_view(job: Job, objects: Objects, presign_seconds: int) -> schemas.
     """With presigned URLs for the params, the images and the info, good for `presign_seconds`."""
 
     async def url(key: str) -> str:
-        signed: str = await objects.client.generate_presigned_url(
-            "get_object", Params={"Bucket": job.bucket, "Key": key}, ExpiresIn=presign_seconds
-        )
-        return signed
+        return await objects.presign_get(job.bucket, key, presign_seconds)
 
     succeeded = job.status == "succeed"
     images = [await url(result_key(job, name)) for name in job.image_names] if succeeded else []

@@ -146,7 +146,7 @@ def told(place: Place) -> str:
     return ".".join(map(str, place))
 
 
-def named(cases: list[tuple[str, Place]]) -> list[str]:
+def ids(cases: list[tuple[str, Place]]) -> list[str]:
     return [f"{operation}-{told(place)}" for operation, place in cases]
 
 
@@ -160,7 +160,7 @@ def refuse(api: StrictClient, operation: str, body: Any, *, says: str = "") -> N
 REQUIRED = [case for case in PLACES if is_required(*case)]
 
 
-@pytest.mark.parametrize(("operation", "place"), REQUIRED, ids=named(REQUIRED))
+@pytest.mark.parametrize(("operation", "place"), REQUIRED, ids=ids(REQUIRED))
 def test_a_missing_field_is_named(api: StrictClient, operation: str, place: Place) -> None:
     says = "" if (operation, str(place[0])) in EITHER else str(place[-1])
     refuse(api, operation, dropped(GOOD[operation][2], place), says=says)
@@ -169,7 +169,7 @@ def test_a_missing_field_is_named(api: StrictClient, operation: str, place: Plac
 TYPED = [(o, place) for o, place in PLACES if place[0] not in FREE_FORM or len(place) == 1]
 
 
-@pytest.mark.parametrize(("operation", "place"), TYPED, ids=named(TYPED))
+@pytest.mark.parametrize(("operation", "place"), TYPED, ids=ids(TYPED))
 def test_a_mistyped_field_is_named(api: StrictClient, operation: str, place: Place) -> None:
     body = GOOD[operation][2]
     says = next(str(key) for key in place if isinstance(key, str))
@@ -179,7 +179,7 @@ def test_a_mistyped_field_is_named(api: StrictClient, operation: str, place: Pla
         refuse(api, operation, changed(body, place, None), says=says)
 
 
-OBJECTS = [(name, ()) for name in GOOD]
+OBJECTS: list[tuple[str, Place]] = [(name, ()) for name in GOOD]
 OBJECTS += [
     (name, place)
     for name, place in PLACES
@@ -188,17 +188,16 @@ OBJECTS += [
 ]
 
 
-@pytest.mark.parametrize(("operation", "place"), OBJECTS, ids=named(OBJECTS))
+@pytest.mark.parametrize(("operation", "place"), OBJECTS, ids=ids(OBJECTS))
 def test_an_unknown_field_is_named(api: StrictClient, operation: str, place: Place) -> None:
     body = changed(GOOD[operation][2], (*place, "surprise"), 1)
     refuse(api, operation, body, says="surprise")
 
 
-WEIRD = (
-    [None, True, 0, -1, 2**31, 2**63, 2**64, -(2**70), 10**300, 1e308, "", " ", "\x7f", "\u2028"]
-    + ["\u0000", "a\u0000b", "💥" * 40, "x" * 5000, "../../etc/passwd", "%00", "{}", "'; DROP"]
-    + [[], {}, [[]], [None], {"a": {"b": []}}, {"\u0000": "\u0000"}, ["\u0000"]]
-)
+WEIRD: list[Any] = [None, True, 0, -1, 2**31, 2**63, 2**64, -(2**70), 10**300, 1e308]
+WEIRD += ["", " ", "\x7f", "\u2028", "💥" * 40, "x" * 5000, "../../etc/passwd", "%00", "'; DROP"]
+WEIRD += [[], {}, [[]], [None], {"a": {"b": []}}]
+WITH_NUL: list[Any] = ["\u0000", "a\u0000b", ["\u0000"], {"\u0000": "\u0000"}]
 
 
 @pytest.mark.parametrize("operation", GOOD)
@@ -208,8 +207,9 @@ def test_strange_values_never_break_it(api: StrictClient, operation: str) -> Non
         for value in WEIRD:
             response = api.request(method, path, changed(good, place, value))
             assert response.status_code in (200, 201, 202, 204, 400, 401, 403, 404), response.text
-            if "\\u0000" in repr(value) or "\\x00" in repr(value):
-                assert response.status_code == 400, "Postgres can't hold it"
+        for value in WITH_NUL:
+            response = api.request(method, path, changed(good, place, value))
+            assert response.status_code == 400, "Postgres can't hold it"
 
 
 @pytest.mark.parametrize(

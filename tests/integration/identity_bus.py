@@ -141,6 +141,11 @@ class Bus:
             self.process.kill()
             self.process.wait()
 
+    async def stop_idle(self) -> None:
+        """Once it has nothing left to do: what is killed with work in hand gets it again later."""
+        await self.until(self.commands_left, 0)
+        self.kill()
+
     async def terminate(self) -> int:
         assert self.process
         self.process.terminate()

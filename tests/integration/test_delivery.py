@@ -4,12 +4,14 @@ real service that fails where the tests want it to."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from deploy.local.stack import Stack
@@ -17,10 +19,11 @@ from shared.contracts import envelope as cloud
 from shared.contracts import identity
 from shared.contracts.envelope import Rejected, new_id
 from shared.contracts.identity import CreateRole, RoleCreated
-from shared.contracts.subjects import COMMANDS, EVENTS, _commands_consumer
+from shared.contracts.subjects import COMMANDS, CONSUMERS, EVENTS
 from tests.integration.identity_bus import Bus, Wire
 
 TRIAL = "tests.integration.trial_service"
+CONSUMER = next(c for stream, c in CONSUMERS if stream == COMMANDS and c.durable_name == "identity")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +41,7 @@ def folder(tmp_path: Path) -> Path:
 async def trial(bus: Bus, folder: Path) -> AsyncIterator[Bus]:
     await bus.start(TRIAL, trial_folder=folder)
     yield bus
-    bus.kill()
+    await bus.stop_idle()
 
 
 def role(name: str = "", **more: Any) -> CreateRole:
@@ -99,7 +102,7 @@ async def test_what_a_crash_left_unsent_is_sent_by_the_relay(bus: Bus, folder: P
     await bus.start()
     assert isinstance(await bus.answer(id_, seconds=5), RoleCreated)
     assert len(runs(folder, command)) == 1
-    bus.kill()
+    await bus.stop_idle()
 
 
 async def test_the_events_of_a_transaction_keep_their_order(bus: Bus, folder: Path) -> None:
@@ -113,26 +116,23 @@ async def test_the_events_of_a_transaction_keep_their_order(bus: Bus, folder: Pa
         events = bus.caused_by(id_)
         assert [m.version for _, m in events if isinstance(m, identity.Role)] == list(range(1, 11))
         assert [e.answers for e, _ in events] == [None] * 9 + [id_]
-    bus.kill()
+        await bus.stop_idle()
 
 
 async def test_a_refusal_is_told_at_once_and_changes_nothing(trial: Bus) -> None:
-    kept = role()
+    kept, default = role(), role()
     await trial.ask(kept)
-    began = time.monotonic()
-    names = [kept.role_name, "Designer"]  # of which the second can't be deleted
-    await trial.ask(CreateRole(role_name="Designer", permissions=[], creator="x", replace=True))
-    await trial.js.publish("cmd.identity.none", b"")  # keeps the connection warm
-    connection_row = await trial.row(
-        "UPDATE roles SET is_default = true WHERE role_name = 'Designer' RETURNING version"
+    await trial.ask(default)
+    await trial.row(
+        "UPDATE roles SET is_default = true WHERE role_name = $1 RETURNING 1", default.role_name
     )
-    assert connection_row
-    id_ = await trial.send(identity.DeleteRoles(role_names=names))
+    began = time.monotonic()
+    id_ = await trial.send(identity.DeleteRoles(role_names=[kept.role_name, default.role_name]))
     answer = await trial.answer(id_)
+    assert time.monotonic() - began < 2
     assert isinstance(answer, Rejected)
     assert answer.code == "identity.default_role"
-    assert time.monotonic() - began < 2
-    row = await trial.row("SELECT version, deleted FROM roles WHERE role_name = $1", names[0])
+    row = await trial.row("SELECT version, deleted FROM roles WHERE role_name = $1", kept.role_name)
     assert (row["version"], row["deleted"]) == (1, False)
     assert [type(m) for _, m in trial.caused_by(id_)] == [Rejected]
 
@@ -174,7 +174,7 @@ async def test_what_fails_for_good_becomes_a_dead_letter_and_the_caller_is_told(
 
 async def test_what_is_no_command_becomes_a_dead_letter_at_once(trial: Bus) -> None:
     framed = cloud.wrap(role(), type="identity.create_role.v1", source="x", subject="x")
-    unknown = replace_type(framed, "identity.dance.v1")
+    unknown = msgspec.structs.replace(framed, type="identity.dance.v1")
     bad = cloud.wrap(role(), type="identity.delete_users.v1", source="x", subject="x")
     bodies = [
         (b"\x00\xff not json", "no envelope"),
@@ -197,7 +197,145 @@ async def test_what_is_no_command_becomes_a_dead_letter_at_once(trial: Bus) -> N
     assert isinstance(await trial.ask(role()), RoleCreated)
 
 
-def replace_type(envelope: cloud.Envelope, type: str) -> cloud.Envelope:
-    import msgspec
+async def test_what_kills_its_process_each_time_becomes_a_dead_letter(
+    bus: Bus, folder: Path
+) -> None:
+    await bus.js.add_consumer(COMMANDS, replace(CONSUMER, ack_wait=1.0))
+    poison, others = role("dies 99"), [role() for _ in range(20)]
+    id_ = await bus.send(poison)
+    ids = [await bus.send(command) for command in others]
+    try:
+        answer = None
+        while answer is None:  # the supervisor's part
+            await bus.start(TRIAL, trial_folder=folder, wait=False)
+            assert bus.process
+            with contextlib.suppress(AssertionError):
+                answer = await bus.answer(id_, seconds=6)
+    finally:
+        await bus.js.add_consumer(COMMANDS, CONSUMER)
+    assert isinstance(answer, Rejected)
+    assert answer.code == "darkroom.failed"
+    assert (await bus.dead_letter(id_)).attempts == 6
+    assert len(runs(folder, poison)) == 6
+    for other, other_id in zip(others, ids, strict=True):
+        assert isinstance(await bus.answer(other_id), RoleCreated)
+        assert await version(bus, other) == 1
+    await bus.stop_idle()
 
-    return msgspec.structs.replace(envelope, type=type)
+
+async def test_a_slow_command_does_not_hold_up_the_others(trial: Bus, folder: Path) -> None:
+    """Nor is it delivered again while it goes on."""
+    slow = role("sleeps 7")
+    id_ = await trial.send(slow)
+    began = time.monotonic()
+    for _ in range(5):
+        await trial.ask(role())
+    assert time.monotonic() - began < 3
+    assert isinstance(await trial.answer(id_), RoleCreated)
+    assert len(runs(folder, slow)) == 1
+
+
+async def test_a_polite_stop_finishes_what_is_in_hand(bus: Bus, folder: Path) -> None:
+    await bus.start(TRIAL, trial_folder=folder)
+    slow = role("sleeps 2")
+    ids = [await bus.send(slow), *[await bus.send(role()) for _ in range(40)]]
+    await asyncio.sleep(0.3)
+    began = time.monotonic()
+    assert await bus.terminate() == 0
+    assert time.monotonic() - began < 8
+    await bus.start(TRIAL, trial_folder=folder)
+    for id_ in ids:
+        assert isinstance(await bus.answer(id_, seconds=8), RoleCreated)
+    assert len(runs(folder, slow)) == 1
+    await bus.stop_idle()
+
+
+async def test_a_service_outlasts_its_database(bus: Bus, folder: Path) -> None:
+    """What comes while Postgres is away is done when it is back, and waiting is no attempt."""
+    wire = Wire(bus.installation.ports["postgres"])
+    await wire.mend()
+    await bus.start(TRIAL, trial_folder=folder, postgres_url=through(wire, bus))
+    slow = role("sleeps 1")
+    ids = [await bus.send(slow)]
+    await asyncio.sleep(0.5)
+    await wire.cut()  # in the middle of a transaction
+    ids += [await bus.send(role()) for _ in range(20)]
+    await bus.until(lambda: bus.status("/readyz"), 503)
+    assert await bus.status("/healthz") == 200
+    await asyncio.sleep(6)
+    await wire.mend()
+    for id_ in ids:
+        assert isinstance(await bus.answer(id_, seconds=10), RoleCreated)
+    await bus.until(lambda: bus.status("/readyz"), 200)
+    assert len(runs(folder, slow)) == 2
+    assert await version(bus, slow) == 1
+    assert not [x for x in await bus.dead_letters() if any(i in str(bytes(x.envelope)) for i in ids)]
+    await bus.stop_idle()
+    await wire.cut()
+
+
+@pytest.mark.parametrize("how", ["killed", "restarted"])
+async def test_a_service_outlasts_its_servers(trial: Bus, how: str) -> None:
+    """While a stream of commands goes on: each is done once, and the pause is short."""
+    sent: dict[str, CreateRole] = {}
+
+    async def send_on() -> None:
+        while True:
+            command = role()
+            sent[await trial.send(command)] = command
+            await asyncio.sleep(0.05)
+
+    sending = asyncio.create_task(send_on())
+    for server in ("nats", "postgres"):
+        await asyncio.sleep(1)
+        if how == "killed":
+            old = trial.stack.kill(server)
+            await asyncio.to_thread(trial.stack.wait_ready, server, other_than=old)
+        else:
+            await asyncio.to_thread(trial.stack.restart, server)
+        began = time.monotonic()
+        await trial.ask(role(), seconds=8)
+        print(f"{server} {how}: the next answer after {time.monotonic() - began:.1f} s")
+    sending.cancel()
+    for id_, command in sent.items():
+        assert isinstance(await trial.answer(id_), RoleCreated)
+        assert await version(trial, command) == 1
+    assert len(sent) > 20
+
+
+async def test_a_service_may_start_before_its_servers(bus: Bus) -> None:
+    database, broker = Wire(bus.installation.ports["postgres"]), Wire(bus.installation.ports["nats"])
+    for wire in (database, broker):
+        await wire.mend()  # for its port
+        await wire.cut()
+    await bus.start(
+        wait=False,
+        postgres_url=through(database, bus),
+        nats_url=f"nats://127.0.0.1:{broker.port}",
+    )
+    for wire in (None, database, broker):
+        if wire:
+            await wire.mend()
+        if wire is not broker:
+            await bus.until(lambda: bus.status("/healthz"), 200)
+            await asyncio.sleep(1)
+            assert await bus.status("/readyz") == 503
+    await bus.until(lambda: bus.status("/readyz"), 200)
+    assert isinstance(await bus.ask(role()), RoleCreated)
+    await bus.stop_idle()
+    await database.cut()
+    await broker.cut()
+
+
+async def test_a_service_that_waits_can_be_stopped(bus: Bus) -> None:
+    wire = Wire(bus.installation.ports["nats"])
+    await wire.mend()
+    await wire.cut()
+    await bus.start(wait=False, nats_url=f"nats://127.0.0.1:{wire.port}")
+    await bus.until(lambda: bus.status("/healthz"), 200)
+    assert await bus.terminate() == 0
+
+
+def through(wire: Wire, bus: Bus) -> str:
+    port = bus.installation.ports["postgres"]
+    return bus.installation.postgres_url("identity").replace(f":{port}/", f":{wire.port}/")
