@@ -67,12 +67,15 @@ def connect_options(settings: BusSettings) -> dict[str, Any]:
     }
 
 
-async def connect(settings: BusSettings) -> Client:
+async def connect(
+    settings: BusSettings, on_reconnect: Callable[[], Awaitable[None]] | None = None
+) -> Client:
     """A plain connection. Waits for the server as long as it takes."""
     return await nats.connect(
         settings.nats_url,
         user=settings.nats_user,
         password=settings.nats_password,
+        reconnected_cb=on_reconnect,
         **connect_options(settings),
     )
 

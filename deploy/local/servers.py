@@ -14,6 +14,7 @@ import pwd
 import shutil
 import signal
 import sysconfig
+from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -85,7 +86,7 @@ def nats_configuration(installation: Installation) -> str:
     for user, allowed in PERMISSIONS.items():
         users.append(
             f"{{ user: {user}, password: {_quoted(passwords[user])}, permissions: {{\n"
-            f"      publish: {_subjects(allowed.publish)}\n"
+            f"      publish: {_subjects(allowed.publish, allowed.never)}\n"
             f"      subscribe: {_subjects(allowed.subscribe)} }} }}"
         )
     listed = "\n    ".join(users)
@@ -114,10 +115,13 @@ system_account: SYS
 """
 
 
-def _subjects(allowed: list[str]) -> str:
+def _subjects(allowed: list[str], never: Sequence[str] = ()) -> str:
     if not allowed:
         return '{ deny: [">"] }'  # an empty list of what is allowed would allow everything
-    return f"{{ allow: [{', '.join(_quoted(subject) for subject in allowed)}] }}"
+    text = f"allow: [{', '.join(map(_quoted, allowed))}]"
+    if never:
+        text += f", deny: [{', '.join(map(_quoted, never))}]"
+    return f"{{ {text} }}"
 
 
 def _quoted(text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -45,7 +46,7 @@ def _make_app(gateway: Gateway) -> Litestar:
     return Litestar(
         route_handlers=ROUTES,
         dependencies={"gateway": Provide(lambda: gateway, sync_to_thread=False, use_cache=True)},
-        exception_handlers=errors.handlers(esd_compat=gateway.settings.esd_compat),
+        exception_handlers=errors.handlers(compat.phrase if gateway.settings.esd_compat else str),
         before_request=body_check(esd_compat=gateway.settings.esd_compat),
         request_max_body_size=(
             gateway.settings.max_params_bytes
@@ -78,12 +79,20 @@ def _make_app(gateway: Gateway) -> Litestar:
 @contextlib.asynccontextmanager
 async def _opened(gateway: Gateway) -> AsyncIterator[None]:
     opening = asyncio.create_task(_open(gateway))
+    opening.add_done_callback(_end_if_failed)
     try:
         yield
     finally:
         opening.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await opening
+
+
+def _end_if_failed(opening: asyncio.Task[None]) -> None:
+    """A gateway that follows no events is of no use: whoever started it starts another."""
+    if not opening.cancelled() and (error := opening.exception()):
+        log.critical("gateway_failed", exc_info=error)
+        os._exit(1)
 
 
 async def _open(gateway: Gateway) -> None:
@@ -97,10 +106,16 @@ async def _open(gateway: Gateway) -> None:
     while not await gateway.pool.fetchval("SELECT to_regclass('position') IS NOT NULL"):
         log.warning("waiting_for_migrations")
         await asyncio.sleep(0.5)
-    client = await bus.connect(settings)
+    reconnected = asyncio.Event()
+
+    async def on_reconnect() -> None:
+        reconnected.set()
+
+    client = await bus.connect(settings, on_reconnect)
     js = client.jetstream()
 
-    async def resync() -> None:
+    async def resync() -> set[str]:
+        sent = set()
         for owner, command in (
             ("identity", identity.ResyncIdentity()),
             ("models", models.ResyncModels()),
@@ -110,19 +125,22 @@ async def _open(gateway: Gateway) -> None:
             name = type_of(command)
             framed = cloud.wrap(command, type=name, source="gateway", subject=owner)
             await js.publish(command_subject(name), cloud.encode(framed), timeout=5)
+            sent.add(framed.id)
+        return sent
 
     async with gateway.objects.open():
         gateway.views = Views(gateway.pool)
-        gateway.projector = Projector(gateway.pool, js, gateway.directory, resync)
+        gateway.projector = Projector(gateway.pool, js, gateway.directory, resync, reconnected)
         gateway.dispatcher = Dispatcher(client, js, gateway.pool, settings.command_timeout)
         gateway.projector.listeners.append(gateway.dispatcher.on_events)
         gateway.hub = Hub(gateway.projector, js)
         await gateway.hub.follow_progress(client)
-        gateway.ready = True
-        log.info("ready", service="gateway")
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(gateway.projector.run())
             tasks.create_task(gateway.dispatcher.forget_old_keys())
+            await gateway.projector.complete.wait()  # before that, nobody would be known here
+            gateway.ready = True
+            log.info("ready", service="gateway")
 
 
 class Gate:

@@ -23,6 +23,7 @@ from services.gateway import compat
 from services.gateway.errors import ApiError
 from services.gateway.projections import Directory
 from shared.contracts.endpoints import Endpoint
+from shared.contracts.identity import Credential
 from shared.contracts.inference import Job
 from shared.contracts.models import Checkpoint
 
@@ -150,13 +151,13 @@ class Authenticator:
                 token,
                 self._secret,
                 algorithms=["HS256"],
-                options={"require": ["exp", "iat", "sub", "ver"]},
+                options={"require": ["exp", "iat", "sub", "pwd"]},
             )
         except jwt.InvalidTokenError:
             return None
         credential = self._directory.credentials.get(claims["sub"])
         # A deleted user or a new password ends every token given out before.
-        if credential is None or credential.version != claims["ver"]:
+        if credential is None or _fingerprint(credential) != claims["pwd"]:
             return None
         return str(claims["sub"])
 
@@ -173,7 +174,7 @@ class Authenticator:
             "sub": username,
             "iat": now,
             "exp": now + self.seconds,
-            "ver": credential.version,
+            "pwd": _fingerprint(credential),
         }
         return jwt.encode(claims, self._secret, algorithm="HS256")
 
@@ -186,6 +187,11 @@ class Authenticator:
     async def hash_password(self, password: str) -> str:
         async with _hashing:
             return await asyncio.to_thread(self._hasher.hash, password)
+
+
+def _fingerprint(credential: Credential) -> str:
+    """Another one with every password that is set, the same one too: argon2id is salted."""
+    return hashlib.sha256(credential.password_hash.encode()).hexdigest()[:16]
 
 
 _DUMMY_HASH = PasswordHasher().hash("nobody")

@@ -77,14 +77,15 @@ class Dispatcher:
         self._js = js
         self._pool = pool
         self._timeout = timeout
-        self._waiting: dict[str, asyncio.Future[Outcome]] = {}
+        self._waiting: dict[str, list[asyncio.Future[Outcome]]] = {}
+        """By command id: with one Idempotency-Key several requests may wait for one answer."""
 
     def on_events(self, events: list[Event]) -> None:
         """A listener of the projector: what is answered here is already visible to reads."""
         for event in events:
-            future = self._waiting.get(event.envelope.answers or "")
-            if future and not future.done():
-                future.set_result(outcome_of(event))
+            for future in self._waiting.get(event.envelope.answers or "", ()):
+                if not future.done():
+                    future.set_result(outcome_of(event))
 
     async def send(self, command: Command, ticket: Ticket, *, step: str = "") -> None:
         """Returns when the command is done and visible.
@@ -92,12 +93,15 @@ class Dispatcher:
         `step` names a further command of the same request. Raises ApiError: the rejection, or
         Unavailable when the bus does not take the command, or Unanswered."""
         id_ = str(uuid.uuid5(uuid.UUID(ticket.command_id), step)) if step else ticket.command_id
-        future = self._waiting.setdefault(id_, asyncio.get_running_loop().create_future())
+        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(id_, []).append(future)
         try:
             known = await self._recall(id_, ticket) if ticket.repeatable else None
             outcome = known or await self._publish_and_wait(command, ticket, id_, future)
         finally:
-            self._waiting.pop(id_, None)
+            self._waiting[id_].remove(future)
+            if not self._waiting[id_]:
+                del self._waiting[id_]
         if outcome.code:
             raise rejection(outcome.code, outcome.message)
 
@@ -164,4 +168,9 @@ class Dispatcher:
             await asyncio.sleep(3600)
 
 
-_AWAY = (asyncpg.PostgresError, OSError)
+_AWAY = (
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+    OSError,
+)

@@ -8,6 +8,7 @@ ApiError
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import asyncpg
@@ -17,7 +18,6 @@ from botocore.exceptions import BotoCoreError, ClientError
 from litestar import Request, Response
 from litestar.exceptions import HTTPException, ValidationException
 
-from services.gateway import compat
 from shared.logs import get_logger
 from shared.postgres import AWAY
 
@@ -107,12 +107,11 @@ def _on_api_error(_: Request[Any, Any, Any], error: ApiError) -> Response[bytes]
     return respond(error.status, error.message, error.headers)
 
 
-def _on_validation(_: Request[Any, Any, Any], error: ValidationException) -> Response[bytes]:
-    return respond(400, "; ".join(_wrong(error)) or error.detail)
+def _on_validation(phrase: Callable[[str], str]) -> Callable[..., Response[bytes]]:
+    def on_validation(_: Request[Any, Any, Any], error: ValidationException) -> Response[bytes]:
+        return respond(400, "; ".join(map(phrase, _wrong(error))) or error.detail)
 
-
-def _on_validation_as_esd(_: Request[Any, Any, Any], error: ValidationException) -> Response[bytes]:
-    return respond(400, "; ".join(map(compat.phrase, _wrong(error))) or error.detail)
+    return on_validation
 
 
 def _wrong(error: ValidationException) -> list[str]:
@@ -155,12 +154,17 @@ def _on_bug(request: Request[Any, Any, Any], error: Exception) -> Response[bytes
     return respond(500, "Darkroom failed on this request; its log has the reason")
 
 
-def handlers(*, esd_compat: bool) -> dict[Any, Any]:
+_BROKEN_CONNECTION = (asyncpg.InterfaceError, asyncpg.InternalClientError)
+"""What asyncpg raises on a connection that dies while it is used or handed back."""
+
+
+def handlers(phrase: Callable[[str], str] = str) -> dict[Any, Any]:
+    """`phrase` has the last word on what is said of a wrong body."""
     return {
         ApiError: _on_api_error,
-        ValidationException: _on_validation_as_esd if esd_compat else _on_validation,
+        ValidationException: _on_validation(phrase),
         HTTPException: _on_http,
-        **dict.fromkeys((*AWAY, asyncpg.InterfaceError), _on_away),
+        **dict.fromkeys((*AWAY, *_BROKEN_CONNECTION), _on_away),
         **dict.fromkeys((nats.errors.Error, BotoCoreError, ClientError), _on_away),
         Exception: _on_bug,
     }

@@ -13,17 +13,19 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import msgspec
+import nats.errors
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.js import JetStreamContext
 from nats.js.api import ConsumerConfig, DeliverPolicy
+from nats.js.errors import NotFoundError
 
 from services.gateway.auth import Person
 from services.gateway.projections import FINISHED, Event, Projector, read
 from shared.contracts import envelope as cloud
 from shared.contracts.endpoints import Endpoint
 from shared.contracts.envelope import Envelope, State
-from shared.contracts.identity import Role, User
+from shared.contracts.identity import Credential, Role, Token, User
 from shared.contracts.inference import Job, JobProgress
 from shared.contracts.models import Checkpoint
 from shared.contracts.registry import payload
@@ -34,7 +36,8 @@ log = get_logger(__name__)
 
 QUEUE = 1000
 KEEP_ALIVE = 15.0
-CLOSED = b""
+PATIENCE = 5.0
+"""Seconds to wait for a stored event before the client is sent away to come back."""
 
 Visible = Callable[[State], bool]
 
@@ -59,6 +62,9 @@ def visible_to(person: Person) -> Visible:
     return visible
 
 
+class _Interrupted(Exception): ...
+
+
 class Frame(msgspec.Struct, frozen=True):
     seq: int
     data: bytes
@@ -79,22 +85,41 @@ def _open(envelope: Envelope) -> Envelope:
 class Listener:
     """One client. `job_id` narrows it to one job."""
 
-    def __init__(self, visible: Visible, job_id: str | None) -> None:
-        self.visible = visible
+    def __init__(self, person: Person, job_id: str | None) -> None:
+        self.person = person
         self.job_id = job_id
-        self.queue: asyncio.Queue[Frame] = asyncio.Queue(maxsize=QUEUE)
-        self.cut_off = False
+        self.visible = visible_to(person)
+        self.queue: asyncio.Queue[Frame | None] = asyncio.Queue(maxsize=QUEUE)
 
     def wants(self, state: State | None) -> bool:
         if state is None or (self.job_id and not _is_job(state, self.job_id)):
             return False
         return self.visible(state)
 
-    def push(self, frame: Frame) -> None:
+    def is_judged_anew_by(self, state: State | None) -> bool:
+        """Whether this may have changed who the client is and what they may see."""
+        match state:
+            case Role():
+                return state.role_name in self.person.roles
+            case User() | Credential():
+                return state.username == self.person.username
+            case Token():
+                return state.deleted and state.username == self.person.username
+        return False
+
+    def push(self, frame: Frame | None) -> bool:
+        """None is the end. False if the client is too slow."""
         try:
             self.queue.put_nowait(frame)
+            return True
         except asyncio.QueueFull:
-            self.cut_off = True
+            return False
+
+    def cut_off(self) -> None:
+        """The client comes back, and gets then what it has missed and may see."""
+        while not self.queue.empty():
+            self.queue.get_nowait()
+        self.push(None)
 
 
 def _is_job(state: State, job_id: str) -> bool:
@@ -123,9 +148,14 @@ class Hub:
             if not self._listeners or event.state is None:
                 continue
             frame = frame_of(event)
-            for listener in self._listeners:
-                if listener.wants(event.state):
-                    listener.push(frame)
+            for listener in list(self._listeners):
+                judged = listener.is_judged_anew_by(event.state)
+                if judged or (listener.wants(event.state) and not listener.push(frame)):
+                    self._cut_off(listener)
+
+    def _cut_off(self, listener: Listener) -> None:
+        self._listeners.discard(listener)
+        listener.cut_off()
 
     async def _on_progress(self, message: Msg) -> None:
         if not self._listeners:
@@ -137,45 +167,60 @@ class Hub:
             return
         if not isinstance(progress, JobProgress):
             return
-        body = msgspec.json.encode(progress)
-        for listener in self._listeners:
-            if listener.job_id == progress.job_id or (
+        frame = Frame(0, b"event: progress\ndata: %s\n\n" % msgspec.json.encode(progress))
+        for listener in list(self._listeners):
+            wanted = listener.job_id == progress.job_id or (
                 listener.job_id is None and listener.wants(self._running.get(progress.job_id))
-            ):
-                listener.push(Frame(0, b"event: progress\ndata: %s\n\n" % body))
+            )
+            if wanted and not listener.push(frame):
+                self._cut_off(listener)
+
+    async def find_end(self, job_id: str) -> int:
+        """The id of the last stored event of a job; 0 if none is stored any more."""
+        try:
+            subject = job_events_subject(job_id)
+            return (await self._js.get_last_msg(EVENTS, subject, direct=True)).seq or 0
+        except NotFoundError:
+            return 0
 
     async def stream(
-        self, visible: Visible, *, job_id: str | None, after: int | None
+        self, person: Person, *, job: Job | None = None, after: int | None
     ) -> AsyncIterator[bytes]:
-        """Frames as bytes. With `job_id` it ends once that job has ended; `after` is the
-        client's Last-Event-ID. One job is always told from its beginning."""
-        listener = Listener(visible, job_id)
+        """Frames as bytes. With `job` it ends once that job has ended; `after` is the client's
+        Last-Event-ID. One job is always told from its beginning."""
+        job_id = job.job_id if job else None
+        listener = Listener(person, job_id)
         self._listeners.add(listener)
+        seen = self._projector.seq  # what comes later is pushed
         try:
             yield b"retry: 1000\n\n"
-            seen = self._projector.seq
             if job_id or after is not None:
                 async for frame in self._replay(job_id, (after or 0) + 1, seen):
                     if listener.wants(frame.state):
                         yield frame.data
                         if job_id and _is_last(frame.state):
                             return
-            while not listener.cut_off:
+            if job and _is_last(job):
+                return  # and its end is not stored any more, or known to the client
+            while True:
                 try:
-                    frame = await asyncio.wait_for(listener.queue.get(), KEEP_ALIVE)
+                    pushed = await asyncio.wait_for(listener.queue.get(), KEEP_ALIVE)
                 except TimeoutError:
                     yield b": keep-alive\n\n"
                     continue
-                if 0 < frame.seq <= seen:
-                    continue
-                yield frame.data
-                if job_id and _is_last(frame.state):
+                if pushed is None:
                     return
+                yield pushed.data
+                if job_id and _is_last(pushed.state):
+                    return
+        except _Interrupted:
+            return  # without a gap: the client comes back for the rest
         finally:
             self._listeners.discard(listener)
 
     async def _replay(self, job_id: str | None, start: int, until: int) -> AsyncIterator[Frame]:
-        """Stored events from `start` to `until`, both included."""
+        """Stored events from `start` to `until`, both included. Raises _Interrupted when the bus
+        goes away meanwhile."""
         if start > until:
             return
         queue: asyncio.Queue[Msg] = asyncio.Queue()
@@ -189,11 +234,11 @@ class Hub:
             ),
         )
         try:
+            info = await subscription.consumer_info()
+            if not info.num_pending and not info.delivered.consumer_seq:
+                return
             while True:
-                try:
-                    message = await asyncio.wait_for(queue.get(), 2.0)
-                except TimeoutError:
-                    return
+                message = await asyncio.wait_for(queue.get(), PATIENCE)
                 metadata = message.metadata
                 if metadata.sequence.stream > until:
                     return
@@ -201,6 +246,9 @@ class Hub:
                     yield frame_of(event)
                 if metadata.num_pending == 0:
                     return
+        except (TimeoutError, nats.errors.Error) as error:
+            log.warning("replay_interrupted", error=repr(error))
+            raise _Interrupted from error
         finally:
             with contextlib.suppress(Exception):
                 await subscription.unsubscribe()

@@ -101,17 +101,25 @@ class Projector:
         pool: asyncpg.Pool[Any],
         js: JetStreamContext,
         directory: Directory,
-        resync: Callable[[], Awaitable[None]],
+        resync: Callable[[], Awaitable[set[str]]],
+        reconnected: asyncio.Event,
     ) -> None:
+        """`resync` asks all owners for their state; it returns the ids of its commands.
+        `reconnected` is set when the bus was away."""
         self._pool = pool
         self._js = js
         self._directory = directory
         self._resync = resync
+        self._reconnected = reconnected
         self._queue: asyncio.Queue[Msg] = asyncio.Queue(maxsize=4096)
         self._subscription: Any = None
         self.listeners: list[Listener] = []
         self.seq = 0
         self.healthy = False
+        self.complete = asyncio.Event()
+        """Set for good once all that was there at the start is here."""
+        self._goal: int | None = None
+        self._awaited: set[str] = set()
         self._moved = asyncio.Event()
         self._waiting: dict[str, list[asyncio.Future[Job]]] = defaultdict(list)
         self.listeners.append(self._wake_job_waiters)
@@ -139,7 +147,8 @@ class Projector:
             self._directory.apply(msgspec.json.decode(row["state"], type=KINDS[row["kind"]]))
 
     async def _follow(self) -> None:
-        """Keeps one ordered consumer going, and starts another when it has fallen silent."""
+        """Keeps one ordered consumer going, and starts another when the server was away, which
+        forgets such consumers, or when it has fallen silent."""
         stuck_at: int | None = None
         while True:
             try:
@@ -148,21 +157,32 @@ class Projector:
                 if self._subscription is None:
                     if last < self.seq or first > self.seq + 1:
                         log.warning("resync", seq=self.seq, first=first, last=last)
-                        self.seq = 0 if last < self.seq else first - 1
+                        self._awaited = await self._resync()
                         await self._forget_position()
-                        await self._resync()
+                        self.seq = 0 if last < self.seq else first - 1
+                    self._reconnected.clear()
                     await self._subscribe()
-                elif last > self.seq and stuck_at == self.seq and self._queue.empty():
-                    log.warning("consumer_silent", seq=self.seq, last=last)
+                elif self._reconnected.is_set() or self._is_silent(last, stuck_at):
+                    log.warning("consumer_renewed", seq=self.seq, last=last)
                     await self._unsubscribe()
                     continue
                 stuck_at = self.seq if last > self.seq else None
                 self.healthy = True
-                await asyncio.sleep(2)
+                self._goal = last if self._goal is None else self._goal
+                self._check_complete()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._reconnected.wait(), 2)
             except Exception as error:
                 self.healthy = False
                 log.warning("waiting_for_events", error=repr(error))
                 await asyncio.sleep(0.5)
+
+    def _is_silent(self, last: int, stuck_at: int | None) -> bool:
+        return last > self.seq and stuck_at == self.seq and self._queue.empty()
+
+    def _check_complete(self) -> None:
+        if self._goal is not None and self.seq >= self._goal and not self._awaited:
+            self.complete.set()
 
     async def _subscribe(self) -> None:
         self._subscription = await self._js.subscribe(
@@ -185,6 +205,10 @@ class Projector:
             messages = [await self._queue.get()]
             while len(messages) < BATCH and not self._queue.empty():
                 messages.append(self._queue.get_nowait())
+            # A renewed consumer may repeat what was in hand.
+            messages = [m for m in messages if m.metadata.sequence.stream > self.seq]
+            if not messages:
+                continue
             events = [event for event in map(read, messages) if event]
             last = max(m.metadata.sequence.stream for m in messages)
             while True:
@@ -198,7 +222,9 @@ class Projector:
             for event in events:
                 if event.state:
                     self._directory.apply(event.state)
+                self._awaited.discard(event.envelope.answers or "")
             self.seq = max(self.seq, last)
+            self._check_complete()
             self._moved.set()
             self._moved.clear()
             for listener in self.listeners:

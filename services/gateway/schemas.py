@@ -8,8 +8,12 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 T = TypeVar("T")
 
-Name = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f]+$")]
+Name = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^(?! )[^\x00-\x1f\x7f]+(?<! )$")]
+"""No control characters, no space at either end."""
 Id = Annotated[str, Meta(min_length=1, max_length=128)]
+FileName = Annotated[
+    str, Meta(min_length=1, max_length=255, pattern=r"^(?![. ])[^/\\\x00-\x1f\x7f]+(?<! )$")
+]
 Permission = Annotated[
     str,
     Meta(
@@ -158,9 +162,7 @@ class NewToken(Struct, frozen=True, kw_only=True):
 
 
 class UploadFileBody(Struct, frozen=True, kw_only=True):
-    filename: Annotated[
-        str, Meta(min_length=1, max_length=255, pattern=r"^(?!\.)[^/\\\x00-\x1f\x7f]+$")
-    ]
+    filename: FileName
     parts_number: Annotated[int, Meta(ge=1, le=10000)] = 1
 
 
@@ -192,10 +194,7 @@ class UpdateCheckpointBody(Struct, frozen=True, kw_only=True):
 
     status: Literal["Active", "Disabled"] | None = None
     multi_parts_tags: dict[str, list[PartTagBody]] | None = None
-    name: (
-        Annotated[str, Meta(min_length=1, max_length=255, pattern=r"^(?!\.)[^/\\\x00-\x1f\x7f]+$")]
-        | None
-    ) = None
+    name: FileName | None = None
 
 
 class DeleteCheckpointsBody(Struct, frozen=True, kw_only=True):

@@ -11,7 +11,7 @@ from services.identity.domain import (
     check_permissions,
     check_roles,
 )
-from services.identity.store import RoleStore, TokenStore, UserStore
+from services.identity.store import RoleStore, TokenStore, UserStore, hold_users
 from shared.contracts import identity
 from shared.errors import Rejected
 from shared.logs import get_logger
@@ -22,12 +22,17 @@ log = get_logger(__name__)
 
 async def create_role(cmd: identity.CreateRole, tx: Tx) -> None:
     store = RoleStore(tx.conn)
+    if cmd.replace:
+        await hold_users(tx.conn)
     role = await store.find(cmd.role_name)
     if role and not role.deleted and not cmd.replace:
         raise Rejected("identity.role_exists", role_name=cmd.role_name)
     if role:
         changed = role.change(permissions=cmd.permissions, creator=cmd.creator)
         await store.save(changed)
+        if not role.deleted:
+            users = await UserStore(tx.conn).list_all()
+            check_an_administrator_stays(users, await store.list_all())
         event = identity.RoleCreated if role.deleted else identity.RoleChanged
         tx.emit(event.of(changed))
         return
@@ -44,6 +49,7 @@ async def create_role(cmd: identity.CreateRole, tx: Tx) -> None:
 
 async def delete_roles(cmd: identity.DeleteRoles, tx: Tx) -> None:
     """All or none. Whoever holds a deleted role loses it."""
+    await hold_users(tx.conn)
     roles, users = RoleStore(tx.conn), UserStore(tx.conn)
     for role_name in dict.fromkeys(cmd.role_names):
         role = await roles.find(role_name)
@@ -61,6 +67,7 @@ async def delete_roles(cmd: identity.DeleteRoles, tx: Tx) -> None:
 
 
 async def create_user(cmd: identity.CreateUser, tx: Tx) -> None:
+    await hold_users(tx.conn)
     roles, users = RoleStore(tx.conn), UserStore(tx.conn)
     if cmd.initial and await users.list_all():
         raise Rejected("identity.already_initialised")
@@ -94,6 +101,7 @@ async def create_user(cmd: identity.CreateUser, tx: Tx) -> None:
 
 async def delete_users(cmd: identity.DeleteUsers, tx: Tx) -> None:
     """All or none. Their tokens end with them."""
+    await hold_users(tx.conn)
     users, tokens = UserStore(tx.conn), TokenStore(tx.conn)
     for username in dict.fromkeys(cmd.usernames):
         user = await users.find(username)
@@ -111,6 +119,7 @@ async def delete_users(cmd: identity.DeleteUsers, tx: Tx) -> None:
 
 
 async def create_token(cmd: identity.CreateToken, tx: Tx) -> None:
+    await hold_users(tx.conn)
     user = await UserStore(tx.conn).find(cmd.username)
     if user is None or user.deleted:
         raise Rejected("identity.user_not_found", username=cmd.username)

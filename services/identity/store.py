@@ -8,6 +8,12 @@ from services.identity.domain import Role, Token, User
 from shared.errors import Retry
 
 
+async def hold_users(conn: Any) -> None:
+    """Until the transaction ends, no other command decides who is there and what they hold: the
+    rules that look at all users (somebody must administrate) see what the one before has done."""
+    await conn.execute("SELECT pg_advisory_xact_lock(hashtext('identity.users'))")
+
+
 class RoleStore:
     def __init__(self, conn: Any) -> None:
         self._conn = conn

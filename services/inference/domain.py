@@ -8,14 +8,12 @@ from datetime import datetime
 import msgspec
 from msgspec.structs import replace
 
+from shared.contracts.endpoints import SERVING
 from shared.contracts.inference import UsedModel
 from shared.contracts.models import CheckpointFile
 from shared.errors import Rejected
 
 CREATED, INPROGRESS, SUCCEED, FAILED = "created", "inprogress", "succeed", "failed"
-
-SERVING = ("InService", "Updating")
-"""Updating: no worker is ready just now, and one will be. In service is better."""
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):

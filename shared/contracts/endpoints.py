@@ -8,6 +8,9 @@ from shared.contracts.envelope import Command, State
 
 OWNER = "endpoints"
 
+SERVING = ("InService", "Updating")
+"""Takes jobs: some instance is ready, or is about to be again; the better first."""
+
 REJECTIONS = {
     "endpoints.name_taken": 'Cannot create already existing model "{endpoint_name}"',
     "endpoints.not_found": 'endpoint "{endpoint_name}" not found',

@@ -182,10 +182,12 @@ def dead_subject(owner: str) -> str:
 
 
 class Permissions(msgspec.Struct, frozen=True):
-    """What one NATS user may do; everything else is denied."""
+    """What one NATS user may do; everything else is denied. `never`: what they may not publish
+    although a wildcard in `publish` has it."""
 
     publish: list[str]
     subscribe: list[str]
+    never: list[str] = []
 
 
 WORKER_COMMANDS: tuple[type[Message], ...] = (
@@ -259,5 +261,15 @@ PERMISSIONS: dict[str, Permissions] = {
             "$JS.FC.>",
         ],
         ["_INBOX_subscriber.>", "evt.inference.job.*", "progress.*"],
+        [  # a service's own place in the log: not to be read from, moved or removed
+            subject
+            for name in REACTS_TO
+            for subject in (
+                f"$JS.API.CONSUMER.*.{EVENTS}.{name}",
+                f"$JS.API.CONSUMER.CREATE.{EVENTS}.{name}.>",
+                f"$JS.API.CONSUMER.MSG.NEXT.{EVENTS}.{name}",
+                f"$JS.ACK.{EVENTS}.{name}.>",
+            )
+        ],
     ),
 }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import json
 import re
 import time
@@ -92,7 +93,7 @@ ROUTES: dict[str, Route] = {
 }
 WITHOUT_A_PERSON = {"Ping", "GetApi", "CreateAccessToken"}
 WITH_BODY = [name for name, route in ROUTES.items() if route.body]
-names = iter(range(10**9))
+names = itertools.count()
 
 
 def ask(client: StrictClient, operation: str) -> int:

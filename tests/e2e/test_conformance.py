@@ -106,7 +106,7 @@ def test_a_personal_token_works_until_it_is_revoked(api: StrictClient, other: St
     assert kept["token"]["expires"] is None
     listed = person.call("GET", "/auth/tokens")["data"]["tokens"]
     assert listed == [token, kept["token"]]
-    assert api.call("GET", "/auth/tokens")["data"]["tokens"] == []
+    assert token["id"] not in json.dumps(api.call("GET", "/auth/tokens"))
     script = api.bearing(secret)
     assert script.request("GET", "/roles").status_code == 200
     assert other.bearing(secret).request("GET", "/roles").status_code == 200

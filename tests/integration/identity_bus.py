@@ -174,10 +174,13 @@ class Bus:
                 print("not taken yet:", repr(error))
                 await asyncio.sleep(0.1)
 
+    async def answers(self, command_id: str) -> list[Message]:
+        await self.catch_up()
+        return [m for e, m in self.events if e.answers == command_id]
+
     async def answer(self, command_id: str, *, seconds: float = 20) -> Message:
         async def look() -> Message | None:
-            await self.catch_up()
-            found = [m for e, m in self.events if e.answers == command_id]
+            found = await self.answers(command_id)
             return found[-1] if found else None
 
         return await self.found(look, f"answer to {command_id}", seconds=seconds)

@@ -1,7 +1,7 @@
 """identity as it is, but for the role names that make something go wrong.
 
-The name `fails 2 x` fails twice; the files that tell how often lie in DARKROOM_TRIAL_FOLDER, so that
-they survive the process.
+The name `fails 2 x` fails twice. Files in DARKROOM_TRIAL_FOLDER tell when which was tried, so that
+it is known after the process has died.
 """
 
 from __future__ import annotations

@@ -3,13 +3,13 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Any
 
-from litestar import Request, get
+from litestar import Request, Response, get
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.response import Stream
 
 from services.gateway import compat
 from services.gateway.errors import ApiError
-from services.gateway.events import visible_to
+from services.gateway.projections import FINISHED
 from services.gateway.routes.answers import READ, READ_ONE
 from services.gateway.state import Gateway
 
@@ -40,6 +40,8 @@ SERVER_SENT_EVENTS = {
     )
 }
 
+NOTHING_MORE = ResponseSpec(None, description="It has ended, and you know it")
+
 
 @get(
     "/events",
@@ -54,18 +56,21 @@ async def follow_events(request: Request[Any, Any, Any], gateway: Gateway) -> St
     `data` is the full state. `event: progress` tells the steps of running jobs."""
     person = await gateway.authorize(request, None)
     after = _last_event_id(request)
-    return _stream(gateway.hub.stream(visible_to(person), job_id=None, after=after))
+    return _stream(gateway.hub.stream(person, after=after))
 
 
 @get(
     "/inferences/{id:str}/events",
     operation_id="FollowInferenceJob",
     tags=["Events"],
-    responses={**READ_ONE, **SERVER_SENT_EVENTS},
+    responses={**READ_ONE, **SERVER_SENT_EVENTS, 204: NOTHING_MORE},
 )
-async def follow_inference(request: Request[Any, Any, Any], gateway: Gateway, id: str) -> Stream:
+async def follow_inference(
+    request: Request[Any, Any, Any], gateway: Gateway, id: str
+) -> Stream | Response[None]:
     """Server-Sent Events of one job, from its beginning or from `Last-Event-ID` on, with its
-    progress; ends when the job has ended."""
+    progress; ends when the job has ended. Who comes back knowing its end gets 204, which tells
+    browsers not to come again."""
     job = await gateway.views.find_job(id)
     compat.claim(request, job.owner if job else None, or_administrator=True)
     person = await gateway.authorize(request, "inference:list")
@@ -74,7 +79,9 @@ async def follow_inference(request: Request[Any, Any, Any], gateway: Gateway, id
     if not person.may_see_job(job):
         raise ApiError(403, f"inference {id} belongs to somebody else")
     after = _last_event_id(request)
-    return _stream(gateway.hub.stream(visible_to(person), job_id=id, after=after))
+    if after and job.status in FINISHED and after >= await gateway.hub.find_end(id):
+        return Response(None, status_code=204)
+    return _stream(gateway.hub.stream(person, job=job, after=after))
 
 
 ROUTES = [follow_events, follow_inference]

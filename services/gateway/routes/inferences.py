@@ -26,6 +26,7 @@ from services.gateway.schemas import (
 )
 from services.gateway.state import Gateway, check_page
 from services.gateway.views import job_view, models_view, output_path
+from shared.contracts.endpoints import SERVING
 from shared.contracts.inference import CreateJob, DeleteJobs, Job, StartJob, UsedModel
 from shared.contracts.models import Checkpoint
 from shared.objects import params_key
@@ -197,7 +198,7 @@ async def _start(gateway: Gateway, person: Person, job: Job, ticket: Ticket) -> 
         endpoint
         for endpoint in await gateway.views.list_endpoints()
         if endpoint.endpoint_type == job.inference_type
-        and endpoint.endpoint_status == "InService"
+        and endpoint.endpoint_status in SERVING
         and person.may_use_endpoint(endpoint)
     ]
     command = StartJob(job_id=job.job_id, username=person.username, endpoints=endpoints)
