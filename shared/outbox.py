@@ -117,13 +117,22 @@ class Outbox:
                 log.info("relayed", messages=len(records))
             return len(records) == batch
 
-    async def resend_recent_events(self) -> None:
-        """After the bus came back: what it may have lost with its last unsynced second goes out
-        once more. Only events: they are idempotent everywhere, work for a GPU is not. What it did
-        not lose it recognises, for two minutes (`duplicate_window`)."""
-        await self._pool.execute(
+    async def resend_events(self, seconds: float) -> None:
+        """What was sent in the last seconds goes out once more: the bus was away, and may have lost
+        what it had not yet synced. What it did not lose it recognises (`duplicate_window`). Only
+        events: they are idempotent everywhere, work for a GPU is not."""
+        records = await self._pool.fetch(
             """
-            UPDATE outbox SET sent_at = NULL
-            WHERE sent_at > now() - interval '1 minute' AND subject LIKE 'evt.%'
-            """
+            SELECT message_id, subject, body FROM outbox
+            WHERE sent_at > now() - make_interval(secs => $1) AND subject LIKE 'evt.%'
+            ORDER BY id
+            """,
+            seconds,
         )
+        for record in records:
+            await self._js.publish(
+                record["subject"],
+                record["body"],
+                timeout=PUBLISH_TIMEOUT,
+                headers={"Nats-Msg-Id": record["message_id"]},
+            )

@@ -33,6 +33,8 @@ log = logs.get_logger(__name__)
 
 PARALLEL = 8
 """Messages that one process handles at a time."""
+UNSYNCED = 5.0
+"""Seconds before its death of which the bus may have forgotten what it took; it syncs every one."""
 
 
 class HealthServer:
@@ -179,13 +181,19 @@ class Service:
 
     async def _watch_reconnects(self, client: Any, outbox: Outbox) -> None:
         """After a lost connection, closes the window in which the bus may have lost events."""
-        seen = client.stats["reconnects"]
+        loop = asyncio.get_running_loop()
+        seen, connected = client.stats["reconnects"], loop.time()
         while True:
             await asyncio.sleep(1)
-            if client.stats["reconnects"] != seen and client.is_connected:
-                seen = client.stats["reconnects"]
-                with contextlib.suppress(Exception):
-                    await outbox.resend_recent_events()
+            if not client.is_connected:
+                continue
+            if (reconnects := client.stats["reconnects"]) != seen:
+                try:
+                    await outbox.resend_events(loop.time() - connected + UNSYNCED)
+                except Exception as error:
+                    log.warning("resending_postponed", error=repr(error))
+                    continue
+            seen, connected = reconnects, loop.time()
 
 
 async def _starting() -> None:

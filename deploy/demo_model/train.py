@@ -117,7 +117,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--photos", type=Path, help="folder of photos for the VAE; optional")
     parser.add_argument("--vae-minutes", type=float, default=20)
     parser.add_argument("--text-minutes", type=float, default=3)
-    parser.add_argument("--unet-minutes", type=float, default=85)
+    parser.add_argument("--unet-minutes", type=float, default=78)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--export-only", action="store_true")
     return parser.parse_args()

@@ -244,7 +244,7 @@ def test_a_client_that_does_not_read_is_cut_off_and_holds_up_nobody(
     stack: Stack, admin: Client
 ) -> None:
     count = 3000
-    options = [(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)]
+    options = [(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 18)]
     transport = httpx.HTTPTransport(socket_options=options)
     quick = Ear(admin, "/events")
     with (
