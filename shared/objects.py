@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import AsyncIterator
 from typing import Any
+from urllib.parse import quote
 
 import aioboto3
+from botocore.auth import S3SigV4QueryAuth
+from botocore.awsrequest import AWSRequest
 from botocore.config import Config
+from botocore.credentials import Credentials
 from botocore.exceptions import BotoCoreError, ClientError
 
 from shared.settings import ObjectSettings
 
-REMEMBERED_URLS = 10_000
 MISSING = ("404", "NoSuchKey", "NotFound")
 
 
@@ -25,7 +27,6 @@ class Objects:
     def __init__(self, settings: ObjectSettings) -> None:
         self.settings = settings
         self.client: Any = None
-        self._presigned: dict[tuple[str, str], tuple[str, float]] = {}
 
     @contextlib.asynccontextmanager
     async def open(self) -> AsyncIterator[Objects]:
@@ -52,19 +53,20 @@ class Objects:
             ),
         )
 
-    async def presign_get(self, bucket: str, key: str, seconds: int) -> str:
-        """A URL that is good for at least nine tenths of `seconds`. Signing is slow, and clients
-        poll: the same URL is given out again while it is fresh."""
-        now = time.monotonic()
-        known = self._presigned.get((bucket, key))
-        if known and known[1] > now:
-            return known[0]
-        url: str = await self.client.generate_presigned_url(
-            "get_object", Params={"Bucket": bucket, "Key": key}, ExpiresIn=seconds
+    def presign(self, method: str, bucket: str, key: str, seconds: int, **query: str | int) -> str:
+        """A URL with which its holder may do this one thing for `seconds`.
+
+        Straight from botocore's signer, which takes a tenth of a millisecond; a client's
+        `generate_presigned_url` takes ten times as long, and lists and polls need many."""
+        base = (self.settings.s3_public_url or self.settings.s3_url).rstrip("/")
+        request = AWSRequest(
+            method, f"{base}/{bucket}/{quote(key, safe='/-_.~')}", params=dict(query)
         )
-        while len(self._presigned) >= REMEMBERED_URLS:
-            del self._presigned[next(iter(self._presigned))]
-        self._presigned[bucket, key] = (url, now + seconds / 10)
+        credentials = Credentials(self.settings.s3_access_key, self.settings.s3_secret_key)
+        S3SigV4QueryAuth(credentials, "s3", self.settings.s3_region, expires=seconds).add_auth(
+            request
+        )
+        url: str = request.prepare().url
         return url
 
     async def size(self, bucket: str, key: str) -> int | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import asyncpg
 import msgspec
+from nats.errors import MaxPayloadError
 from nats.js import JetStreamContext
 
 from shared.logs import get_logger
@@ -104,12 +105,16 @@ class Outbox:
                 batch,
             )
             for record in records:
-                await self._js.publish(
-                    record["subject"],
-                    record["body"],
-                    timeout=PUBLISH_TIMEOUT,
-                    headers={"Nats-Msg-Id": record["message_id"]},
-                )
+                try:
+                    await self._js.publish(
+                        record["subject"],
+                        record["body"],
+                        timeout=PUBLISH_TIMEOUT,
+                        headers={"Nats-Msg-Id": record["message_id"]},
+                    )
+                except MaxPayloadError:
+                    # It would stand in the way of all others for ever.
+                    log.error("too_large_to_send", subject=record["subject"], id=record["id"])
                 await connection.execute(
                     "UPDATE outbox SET sent_at = now() WHERE id = $1", record["id"]
                 )

@@ -95,6 +95,7 @@ server_name: darkroom
 host: 127.0.0.1
 port: {installation.ports["nats"]}
 http: 127.0.0.1:{installation.ports["nats_monitor"]}
+max_payload: 8MB  # a checkpoint of a hundred files, with its state in one event
 
 jetstream {{
   store_dir: {_quoted(str(installation.data / "nats"))}

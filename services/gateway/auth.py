@@ -11,6 +11,7 @@ import hashlib
 import hmac
 import secrets
 import time
+from collections.abc import Collection
 from typing import Any
 
 import jwt
@@ -29,8 +30,11 @@ from shared.contracts.models import Checkpoint
 
 TOKEN_PREFIX = "dkr_"
 EVERYONE = "*"
+HASHER = PasswordHasher(time_cost=2, memory_cost=19_456, parallelism=1)
+"""argon2id as OWASP recommends it: 19 MiB, two passes. Whoever makes a first user hashes alike, so
+that the time of a log-in does not tell who exists."""
 _hashing = asyncio.Semaphore(2)
-"""argon2id costs 64 MiB and a core for a moment: two at a time, whoever else logs in waits."""
+"""A hash takes a core for a moment: two at a time, whoever else logs in waits."""
 
 
 class Person(msgspec.Struct, frozen=True, kw_only=True):
@@ -98,13 +102,25 @@ def check_no_escalation(person: Person, granted: set[str]) -> None:
         raise ApiError(403, f"you can't grant what you don't hold: {', '.join(beyond)}")
 
 
+def check_roles_held(person: Person, granted: list[str]) -> None:
+    """A role opens endpoints and checkpoints too: only administrators give what is not theirs."""
+    beyond = sorted(set(granted).difference(person.roles))
+    if beyond and not person.is_administrator:
+        raise ApiError(403, f"you can't give a role that you don't hold: {', '.join(beyond)}")
+
+
+def check_name_is_free(name: str, taken: Collection[str]) -> None:
+    """Checkpoints list users and roles side by side: one name must not mean both, or everyone."""
+    if name == EVERYONE or name in taken:
+        raise ApiError(400, f'"{name}" already means something else here; choose another name')
+
+
 class Authenticator:
     def __init__(self, directory: Directory, secret: str, seconds: int, *, compat: bool) -> None:
         self._directory = directory
         self._secret = secret
         self.seconds = seconds
         self._compat = compat
-        self._hasher = PasswordHasher()
 
     def authorize(self, request: Request[Any, Any, Any], permission: str | None) -> Person:
         """Raises ApiError 401 without a valid person, 403 without the permission."""
@@ -180,13 +196,13 @@ class Authenticator:
 
     def _verify_password(self, encoded: str, password: str) -> bool:
         try:
-            return self._hasher.verify(encoded, password)
+            return HASHER.verify(encoded, password)
         except (VerificationError, InvalidHashError):
             return False
 
     async def hash_password(self, password: str) -> str:
         async with _hashing:
-            return await asyncio.to_thread(self._hasher.hash, password)
+            return await asyncio.to_thread(HASHER.hash, password)
 
 
 def _fingerprint(credential: Credential) -> str:
@@ -194,7 +210,7 @@ def _fingerprint(credential: Credential) -> str:
     return hashlib.sha256(credential.password_hash.encode()).hexdigest()[:16]
 
 
-_DUMMY_HASH = PasswordHasher().hash("nobody")
+_DUMMY_HASH = HASHER.hash("nobody")
 
 
 def make_token() -> str:

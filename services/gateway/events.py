@@ -36,6 +36,7 @@ log = get_logger(__name__)
 
 QUEUE = 1000
 KEEP_ALIVE = 15.0
+REPLAY_AHEAD = 64
 PATIENCE = 5.0
 """Seconds to wait for a stored event before the client is sent away to come back."""
 
@@ -223,7 +224,7 @@ class Hub:
         goes away meanwhile."""
         if start > until:
             return
-        queue: asyncio.Queue[Msg] = asyncio.Queue()
+        queue: asyncio.Queue[Msg] = asyncio.Queue(REPLAY_AHEAD)  # the server waits for us
         subscription: Any = await self._js.subscribe(
             job_events_subject(job_id) if job_id else "evt.>",
             stream=EVENTS,

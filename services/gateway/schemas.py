@@ -8,19 +8,21 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 T = TypeVar("T")
 
-Name = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^(?! )[^\x00-\x1f\x7f]+(?<! )$")]
+Name = Annotated[
+    str, Meta(min_length=1, max_length=128, pattern=r"^(?! )[^\x00-\x1f\x7f]+(?<! )\Z")
+]
 """No control characters, no space at either end."""
 Id = Annotated[str, Meta(min_length=1, max_length=128)]
 FileName = Annotated[
-    str, Meta(min_length=1, max_length=255, pattern=r"^(?![. ])[^/\\\x00-\x1f\x7f]+(?<! )$")
+    str, Meta(min_length=1, max_length=255, pattern=r"^(?![. ])[^/\\\x00-\x1f\x7f]+(?<! )\Z")
 ]
 Permission = Annotated[
     str,
     Meta(
-        pattern="^(train|checkpoint|inference|sagemaker_endpoint|user|role):(all|create|list)$",
+        pattern=r"^(train|checkpoint|inference|sagemaker_endpoint|user|role):(all|create|list)\Z",
     ),
 ]
-Count = Annotated[str, Meta(pattern=r"^[0-9]{1,4}$")] | Annotated[int, Meta(ge=0, le=9999)]
+Count = Annotated[str, Meta(pattern=r"^[0-9]{1,4}\Z")] | Annotated[int, Meta(ge=0, le=9999)]
 """ESD clients send counts as strings or integers."""
 
 CheckpointType = Literal[
@@ -282,7 +284,7 @@ class CreateEndpointBody(Struct, frozen=True, kw_only=True):
     autoscaling_enabled: bool
     assign_to_roles: Annotated[list[Name], Meta(min_length=1, max_length=100)]
     endpoint_name: (
-        Annotated[str, Meta(max_length=63, pattern=r"^([A-Za-z0-9][A-Za-z0-9-]*)?$")] | None
+        Annotated[str, Meta(max_length=63, pattern=r"^([A-Za-z0-9][A-Za-z0-9-]*)?\Z")] | None
     ) = None
     creator: str = ""
     max_instance_number: Count | UnsetType = UNSET

@@ -292,15 +292,15 @@ def result_key(job: Job, name: str) -> str:
     return f"out/{job.job_id}/result/{name}"
 
 
-async def job_view(job: Job, objects: Objects, presign_seconds: int) -> schemas.InferenceView:
+def job_view(job: Job, objects: Objects, presign_seconds: int) -> schemas.InferenceView:
     """With presigned URLs for the params, the images and the info, good for `presign_seconds`."""
 
-    async def url(key: str) -> str:
-        return await objects.presign_get(job.bucket, key, presign_seconds)
+    def url(key: str) -> str:
+        return objects.presign("GET", job.bucket, key, presign_seconds)
 
     succeeded = job.status == "succeed"
-    images = [await url(result_key(job, name)) for name in job.image_names] if succeeded else []
-    info = [await url(result_key(job, job.info_name))] if succeeded and job.info_name else []
+    images = [url(result_key(job, name)) for name in job.image_names] if succeeded else []
+    info = [url(result_key(job, job.info_name))] if succeeded and job.info_name else []
     raw = {"status": job.status, "attempt": job.attempt, "reason": job.reason}
     return schemas.InferenceView(
         img_presigned_urls=images,
@@ -310,7 +310,7 @@ async def job_view(job: Job, objects: Objects, presign_seconds: int) -> schemas.
         taskType=job.task_type,
         completeTime=time_text(job.completed_at),
         params=schemas.InferenceParams(
-            input_body_presign_url=await url(job.params_key),
+            input_body_presign_url=url(job.params_key),
             used_models=_used_models(job.models),
             input_body_s3=f"s3://{job.bucket}/{job.params_key}",
             output_path=output_path(job),

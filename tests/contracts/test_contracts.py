@@ -104,7 +104,7 @@ def test_names_say_owner_verb_and_version() -> None:
         owner, action, version = type_name.split(".")
         assert version == "v1"
         assert owner in {"identity", "models", "endpoints", "inference", "darkroom"}
-        if issubclass(struct, Command) and not action == "resync":
+        if issubclass(struct, Command) and action != "resync":
             words = "".join(word.capitalize() for word in action.split("_"))
             assert struct.__name__ == words
         if struct not in (Rejected, Completed):

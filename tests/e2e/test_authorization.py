@@ -305,6 +305,22 @@ def test_nobody_gives_more_than_they_hold(api: StrictClient) -> None:
     api.call("DELETE", "/users", {"user_name_list": ["accomplice"]})
 
 
+def test_nobody_lets_others_into_a_role_that_they_do_not_hold(api: StrictClient) -> None:
+    """A role opens endpoints and checkpoints, whatever permissions it has."""
+    api.call("POST", "/roles", {"role_name": "secret team", "permissions": []})
+    clerk = api.add_person(permissions=("user:create",))
+    user = {"username": "accomplice", "password": "long enough", "roles": ["secret team"]}
+    refused = clerk.request("POST", "/users", user)
+    assert refused.status_code == 403
+    assert "you can't give a role" in refused.json()["message"]
+    for name in ("secret team", "*"):
+        refused = clerk.request("POST", "/users", {**user, "username": name, "roles": []})
+        assert refused.status_code == 400, "a list of roles or users would mean this user"
+    as_role = {"role_name": clerk.username, "permissions": []}
+    assert api.request("POST", "/roles", as_role).status_code == 400
+    api.call("DELETE", "/roles", {"role_name_list": ["secret team"]})
+
+
 def test_the_house_can_not_be_locked_from_inside(api: StrictClient) -> None:
     refused = api.request("DELETE", "/roles", {"role_name_list": ["no such", "IT Operator"]})
     assert refused.status_code == 400

@@ -602,3 +602,23 @@ def test_a_gateway_that_waits_for_its_servers_says_so(fragile: Stack, client: St
         assert httpx.get(url + "/readyz", trust_env=False).status_code == 503
         with pytest.raises(Failed, match="403"):
             early.__class__(url, "wrong key").call("GET", "/roles")
+
+
+def test_one_request_gets_so_many_parts_and_no_more(api: StrictClient) -> None:
+    """Signing takes time in which nobody else is served."""
+    files = [{"filename": f"{n}.safetensors", "parts_number": 10_000} for n in range(2)]
+    body = {"checkpoint_type": "Lora", "filenames": files}
+    response = api.request("POST", "/checkpoints", body)
+    assert response.status_code == 400
+    assert "at most 10000 parts" in response.json()["message"]
+
+
+def test_params_of_a_checkpoint_stay_small_enough_for_an_event(api: StrictClient) -> None:
+    body = {
+        "checkpoint_type": "Lora",
+        "filenames": [{"filename": "large.safetensors"}],
+        "params": {"notes": "x" * 70_000},
+    }
+    response = api.request("POST", "/checkpoints", body)
+    assert response.status_code == 400
+    assert "params" in response.json()["message"]

@@ -26,7 +26,7 @@ from shared.settings import BusSettings, load  # noqa: E402
 async def main() -> None:
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
-    engine = subprocess.Popen(["sleep", "600"])  # noqa: ASYNC220 - what a kill -9 leaves behind
+    engine = subprocess.Popen(["sleep", "600"])
     print(f"engine {engine.pid}", flush=True)
     client = await connect(load(BusSettings))
     report = ReportInstance(

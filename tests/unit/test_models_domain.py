@@ -95,7 +95,7 @@ def test_check_urls_takes_https_only(url: str) -> None:
     "address",
     [
         "127.0.0.1",
-        "0.0.0.0",  # noqa: S104
+        "0.0.0.0",
         "10.1.2.3",
         "172.16.0.1",
         "192.168.1.1",

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from services.inference.worker.pipelines import Engine, JobFailure, Result
-from services.inference.worker.pipelines.families import Header, recognise
+from services.inference.worker.pipelines.families import Header, configs_of, recognise
 from services.inference.worker.pipelines.images import fit
 from services.inference.worker.pipelines.params import parse_painting
 from services.inference.worker.pipelines.samplers import SAMPLERS, find_sampler
@@ -601,3 +601,22 @@ def test_rembg_takes_the_background_away(engine: Engine) -> None:
     assert plain.getpixel((5, 5))[3] == 0  # type: ignore[index]
     assert (mask.mode, mask.getpixel((125, 100)), mask.getpixel((5, 5))) == ("L", 255, 0)
     assert green.getpixel((5, 5)) == (0, 255, 0, 255)
+
+
+def test_a_model_file_can_not_choose_code_or_sizes() -> None:
+    def header(**text_encoder: object) -> Header:
+        own = {
+            "unet": {},
+            "vae": {},
+            "scheduler": {},
+            "text_encoder": {"hidden_size": 48, **text_encoder},
+        }
+        names: dict[str, tuple[int, ...]] = {
+            "model.diffusion_model.input_blocks.0.0.weight": (4, 4, 3, 3)
+        }
+        return Header(names, {"darkroom.config": json.dumps(own)})
+
+    configs = configs_of(header(attn_implementation="org/kernel"), "x.safetensors")
+    assert configs.text_encoder == {"hidden_size": 48}
+    with pytest.raises(JobFailure, match="max_position_embeddings"):
+        configs_of(header(max_position_embeddings=300_000_000), "x.safetensors")

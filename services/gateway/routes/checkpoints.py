@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import msgspec
@@ -35,6 +36,10 @@ from shared.contracts.models import (
     SetCheckpointStatus,
     UploadFile,
 )
+
+MAX_PARTS = 10_000
+"""Of all files of one request together; S3 takes as many for one file."""
+MAX_PARAMS = 64 * 1024
 
 IN_PROGRESS = "Checkpoint creation in progress, please check later"
 
@@ -97,6 +102,10 @@ async def create_checkpoint(
     names = [file.filename for file in data.filenames]
     if len(set(names)) != len(names):
         raise ApiError(400, "filenames: each filename may appear once")
+    if sum(file.parts_number for file in data.filenames) > MAX_PARTS:
+        raise ApiError(400, f"filenames: at most {MAX_PARTS} parts in all; use larger parts")
+    if len(msgspec.json.encode(data.params)) > MAX_PARAMS:
+        raise ApiError(400, f"params: at most {MAX_PARAMS} bytes of JSON")
     message = data.params.get("message", "")
     if not isinstance(message, str):
         raise ApiError(400, "params.message: expected a string")
@@ -130,22 +139,24 @@ async def create_checkpoint(
 
 
 async def _presign_parts(gateway: Gateway, checkpoint: Checkpoint) -> dict[str, list[str]]:
-    return {
-        filename: [
-            await gateway.objects.client.generate_presigned_url(
-                "upload_part",
-                Params={
-                    "Bucket": upload.bucket,
-                    "Key": upload.key,
-                    "UploadId": upload.upload_id,
-                    "PartNumber": number,
-                },
-                ExpiresIn=gateway.settings.upload_presign_seconds,
+    """The URLs of ten thousand parts take seconds to sign: others get their turn in between."""
+    urls: dict[str, list[str]] = {}
+    for filename, upload in checkpoint.multipart_upload.items():
+        urls[filename] = []
+        for number in range(1, upload.parts_number + 1):
+            if number % 50 == 0:
+                await asyncio.sleep(0)
+            urls[filename].append(
+                gateway.objects.presign(
+                    "PUT",
+                    upload.bucket,
+                    upload.key,
+                    gateway.settings.upload_presign_seconds,
+                    partNumber=number,
+                    uploadId=upload.upload_id,
+                )
             )
-            for number in range(1, upload.parts_number + 1)
-        ]
-        for filename, upload in checkpoint.multipart_upload.items()
-    }
+    return urls
 
 
 @put(
@@ -166,6 +177,8 @@ async def update_checkpoint(
     existing = await gateway.views.find_checkpoint(id)
     compat.claim(request, existing.creator if existing else None, or_administrator=True)
     person = await gateway.authorize(request, "checkpoint:create")
+    if existing is None:
+        raise ApiError(404, f"checkpoint with id {id} not found")
     _check_owner(person, existing)
     ticket = await gateway.ticket(request, person)
     await gateway.dispatcher.send(command, ticket)
@@ -211,14 +224,13 @@ async def delete_checkpoints(
     compat.claim(request, next((c.creator for c in found if c), None), or_administrator=True)
     person = await gateway.authorize(request, "checkpoint:all")
     for checkpoint in found:
-        if checkpoint:
-            _check_owner(person, checkpoint)
-    command = DeleteCheckpoints(checkpoint_ids=data.checkpoint_id_list)
+        _check_owner(person, checkpoint)
+    # Only what was found and checked is passed on: what comes to be meanwhile was not.
+    command = DeleteCheckpoints(checkpoint_ids=[c.checkpoint_id for c in found if c])
     await gateway.dispatcher.send(command, await gateway.ticket(request, person))
 
 
 def _check_owner(person: Person, checkpoint: Checkpoint | None) -> None:
-    """What is not there is left to the owner service, which says so."""
     if checkpoint and not person.owns(checkpoint.creator):
         raise ApiError(403, f"checkpoint {checkpoint.checkpoint_id} belongs to somebody else")
 

@@ -100,10 +100,12 @@ async def delete_endpoints(
         raise ApiError(400, 'object has missing required properties (["delete_endpoint_list"])')
     compat.claim(request, data.username or None, or_administrator=True)
     person = await gateway.authorize(request, "sagemaker_endpoint:all")
-    for endpoint in await gateway.views.list_endpoints():
-        if endpoint.endpoint_name in names and not person.may_use_endpoint(endpoint):
+    found = [e for e in await gateway.views.list_endpoints() if e.endpoint_name in names]
+    for endpoint in found:
+        if not person.may_use_endpoint(endpoint):
             raise ApiError(403, f'endpoint "{endpoint.endpoint_name}" belongs to other roles')
-    command = DeleteEndpoints(endpoint_names=names)
+    # Only what was found and checked is passed on: what comes to be meanwhile was not.
+    command = DeleteEndpoints(endpoint_names=[endpoint.endpoint_name for endpoint in found])
     await gateway.dispatcher.send(command, await gateway.ticket(request, person))
     return Response(None, status_code=204) if old_form else Response({}, status_code=200)
 

@@ -71,7 +71,7 @@ async def list_inferences(
             per_page=per_page,
             pages=-(-total // per_page),
             total=total,
-            inferences=[await _view(gateway, job) for job in jobs],
+            inferences=[_view(gateway, job) for job in jobs],
         ),
     )
 
@@ -116,10 +116,8 @@ async def create_inference(
     await gateway.dispatcher.send(command, ticket)
     if data.payload_string is not None:
         return await _start_inline(gateway, person, ticket, command, data.payload_string)
-    upload_url = await gateway.objects.client.generate_presigned_url(
-        "put_object",
-        Params={"Bucket": command.bucket, "Key": command.params_key},
-        ExpiresIn=gateway.settings.upload_presign_seconds,
+    upload_url = gateway.objects.presign(
+        "PUT", command.bucket, command.params_key, gateway.settings.upload_presign_seconds
     )
     inference = NewInference(
         id=job_id,
@@ -207,7 +205,7 @@ async def _start(gateway: Gateway, person: Person, job: Job, ticket: Ticket) -> 
     if job.inference_type == "Real-time":
         finished = await _wait(gateway, job.job_id)
         if finished:
-            return Response(Answer(200, await _view(gateway, finished)), status_code=200)
+            return Response(Answer(200, _view(gateway, finished)), status_code=200)
     inference = StartedInferenceView(
         inference_id=started.job_id,
         status=started.status,
@@ -241,7 +239,7 @@ async def get_inference(
     if job is None:
         raise _not_found(id)
     _check_owner(person, job)
-    return Answer(200, await _view(gateway, job))
+    return Answer(200, _view(gateway, job))
 
 
 @delete("/inferences", operation_id="DeleteInferenceJobs", tags=["Inferences"], responses=WRITE)
@@ -255,7 +253,8 @@ async def delete_inferences(
     for job in found:
         if job:
             _check_owner(person, job)
-    command = DeleteJobs(job_ids=data.inference_id_list)
+    # Only what was found and checked is passed on: what comes to be meanwhile was not.
+    command = DeleteJobs(job_ids=[job.job_id for job in found if job])
     await gateway.dispatcher.send(command, await gateway.ticket(request, person))
 
 
@@ -266,8 +265,8 @@ async def _get(gateway: Gateway, job_id: str) -> Job:
     return job
 
 
-async def _view(gateway: Gateway, job: Job) -> InferenceView:
-    return await job_view(job, gateway.objects, gateway.settings.presign_seconds)
+def _view(gateway: Gateway, job: Job) -> InferenceView:
+    return job_view(job, gateway.objects, gateway.settings.presign_seconds)
 
 
 def _not_found(job_id: str) -> ApiError:

@@ -4,7 +4,7 @@ from typing import Any
 
 from litestar import Request, delete, get, post
 
-from services.gateway.auth import check_no_escalation
+from services.gateway.auth import check_name_is_free, check_no_escalation
 from services.gateway.routes.answers import READ, WRITE
 from services.gateway.schemas import Answer, CreateRoleBody, DeleteRolesBody, Message, Roles
 from services.gateway.state import Gateway, check_page
@@ -52,6 +52,7 @@ async def create_role(
     """Creates a role. Nobody can grant permissions that they do not hold themselves."""
     person = await gateway.authorize(request, "role:create")
     check_no_escalation(person, set(data.permissions))
+    check_name_is_free(data.role_name, gateway.directory.users)
     command = CreateRole(
         role_name=data.role_name,
         permissions=data.permissions,

@@ -4,7 +4,13 @@ from typing import Any
 
 from litestar import Request, delete, get, post
 
-from services.gateway.auth import check_no_escalation, permissions_of_roles, person_of
+from services.gateway.auth import (
+    check_name_is_free,
+    check_no_escalation,
+    check_roles_held,
+    permissions_of_roles,
+    person_of,
+)
 from services.gateway.errors import ApiError
 from services.gateway.routes.answers import READ_ONE, WRITE
 from services.gateway.schemas import Answer, CreateUserBody, DeleteUsersBody, Message, Users
@@ -42,9 +48,11 @@ async def create_user(
         person = await gateway.authorize(request, "user:create")
         granted = permissions_of_roles(gateway.directory, data.roles) | set(data.permissions)
         check_no_escalation(person, granted)
+        check_roles_held(person, data.roles)
         old = person_of(gateway.directory, data.username)
         if old and compat:
             check_no_escalation(person, set(old.permissions))
+        check_name_is_free(data.username, gateway.directory.roles)
         creator = person.username
         ticket = await gateway.ticket(request, person)
     command = CreateUser(
@@ -66,10 +74,11 @@ async def delete_users(
 ) -> None:
     """Deletes users; their tokens end at once. What does not exist is passed over."""
     person = await gateway.authorize(request, "user:all")
-    for name in data.user_name_list:
-        other = person_of(gateway.directory, name)
-        check_no_escalation(person, set(other.permissions) if other else set())
-    command = DeleteUsers(usernames=data.user_name_list)
+    found = [p for p in (person_of(gateway.directory, n) for n in data.user_name_list) if p]
+    for other in found:
+        check_no_escalation(person, set(other.permissions))
+    # Only what was found and checked is passed on: what comes to be meanwhile was not.
+    command = DeleteUsers(usernames=[other.username for other in found])
     await gateway.dispatcher.send(command, await gateway.ticket(request, person))
 
 

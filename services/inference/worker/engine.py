@@ -26,6 +26,9 @@ START_SECONDS = 300.0
 
 KILL_SECONDS = 10.0
 
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "USE_HUB_KERNELS": "0"}
+"""Nothing is ever fetched from a hub, whatever a model file asks for."""
+
 INHERITED = ("DARKROOM_ENDPOINT_ID", "DARKROOM_INSTANCE_ID")
 """Of our settings, those by which a launcher knows what belongs to a worker. The engine reads files
 that strangers made: it gets no password."""
@@ -71,7 +74,7 @@ class EngineProcess:
             name: value
             for name, value in os.environ.items()
             if not name.startswith(PREFIX) or name in INHERITED
-        }
+        } | OFFLINE
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",

@@ -121,6 +121,8 @@ def read_header(path: Path, name: str) -> Header:
     return Header(shapes, metadata)
 
 
+MOST = 100_000
+"""No size in a Stable Diffusion 1.x config is larger; its vocabulary has 49,408 words."""
 _COUNTS = {"layers_per_block", "transformer_layers_per_block", "num_hidden_layers"}
 """What building a model loops over; everything else is settled by the shapes of the tensors."""
 
@@ -186,12 +188,46 @@ def configs_of(header: Header, name: str) -> Configs:
         configs = msgspec.json.decode(own, type=Configs)
     except msgspec.DecodeError as error:
         raise JobFailure(f"broken checkpoint: darkroom.config in {name}: {error}") from None
+    configs = _only_known(configs)
     for config in (configs.unet, configs.vae, configs.text_encoder):
+        for key, value in config.items():
+            numbers = value if isinstance(value, list) else [value]
+            if any(isinstance(number, int) and number > MOST for number in numbers):
+                raise JobFailure(f"broken checkpoint: darkroom.config in {name}: {key} is too much")
         for key in _COUNTS & config.keys():
             counts = config[key] if isinstance(config[key], list) else [config[key]]
             if not all(isinstance(count, int) and 1 <= count <= 64 for count in counts):
                 raise JobFailure(f"broken checkpoint: darkroom.config in {name}: {key} is too much")
     return configs
+
+
+_ALSO_KNOWN = {
+    "unet": {
+        "act_fn",
+        "center_input_sample",
+        "downsample_padding",
+        "flip_sin_to_cos",
+        "freq_shift",
+        "mid_block_scale_factor",
+        "only_cross_attention",
+        "use_linear_projection",
+    },
+    "vae": {"act_fn", "force_upcast"},
+    "text_encoder": {"attention_dropout", "initializer_factor", "initializer_range"},
+}
+
+
+def _only_known(configs: Configs) -> Configs:
+    """Without any key that SD 1.x does not need: some make the libraries look for code."""
+    kept = {
+        part: {
+            key: value
+            for key, value in getattr(configs, part).items()
+            if key in getattr(SD15, part) or key in known
+        }
+        for part, known in _ALSO_KNOWN.items()
+    }
+    return msgspec.structs.replace(configs, **kept)
 
 
 def noise_schedule(scheduler: Mapping[str, Any]) -> dict[str, Any]:
