@@ -30,7 +30,7 @@ async def create_role(cmd: identity.CreateRole, tx: Tx) -> None:
     if role:
         changed = role.change(permissions=cmd.permissions, creator=cmd.creator)
         await store.save(changed)
-        if not role.deleted:
+        if not role.deleted and "user:all" in role.permissions:
             users = await UserStore(tx.conn).list_all()
             check_an_administrator_stays(users, await store.list_all())
         event = identity.RoleCreated if role.deleted else identity.RoleChanged

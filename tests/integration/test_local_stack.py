@@ -568,6 +568,14 @@ def test_down_leaves_no_process_and_spares_those_of_others(folder: Path) -> None
         stack.delete()
 
 
+def lives(pid: int) -> bool:
+    """Who has ended and waits for its new parent to notice does not."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def test_up_heals_after_the_supervisor_was_killed() -> None:
     with Stack.temporary(services=False) as stack:
         old = {name: stack.pid(name) for name in SERVERS}
@@ -578,7 +586,7 @@ def test_up_heals_after_the_supervisor_was_killed() -> None:
         assert stack.state() is None
         stack.up()
         assert all(stack.health().values())
-        assert not any(psutil.pid_exists(pid) for pid in old.values())
+        assert not any(lives(pid) for pid in old.values())
 
 
 def test_a_failed_start_tells_why_and_leaves_nothing_running(folder: Path) -> None:
