@@ -27,7 +27,7 @@ PARAMS: dict[str, Any] = {
     "negative_prompt": "",
     "steps": 20,
     "sampler_name": "Euler a",
-    "cfg_scale": 5.0,
+    "cfg_scale": 4.0,
     "seed": 7,
     "width": 256,
     "height": 256,
