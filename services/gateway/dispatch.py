@@ -20,6 +20,8 @@ from shared.contracts.envelope import Command
 from shared.contracts.registry import type_of
 from shared.contracts.subjects import command_subject
 
+PATIENCE = 2.0
+"""Seconds to wait for the stream to say that it has a command, before it is sent once more."""
 NAMESPACE = uuid.UUID("8f0d6f0e-6f0b-4f43-9d7c-2f5f6a3c9e11")
 
 
@@ -108,18 +110,24 @@ class Dispatcher:
     async def _publish_and_wait(
         self, command: Command, ticket: Ticket, id_: str, future: asyncio.Future[Outcome]
     ) -> Outcome:
-        ack = await self.publish(command, ticket, id_)
+        acks: list[asyncio.Future[Any]] = []
         try:
-            await asyncio.wait(
-                {future, ack}, timeout=self._timeout, return_when=asyncio.FIRST_COMPLETED
-            )
-            if not future.done() and (not ack.done() or ack.exception()):
+            for _ in range(max(1, round(self._timeout / PATIENCE))):
+                # Once more, if a server took it along into its death. With its id it is one.
+                acks.append(await self.publish(command, ticket, id_))
+                await asyncio.wait(
+                    {future, acks[-1]}, timeout=PATIENCE, return_when=asyncio.FIRST_COMPLETED
+                )
+                if future.done() or acks[-1].done():
+                    break
+            if not future.done() and (not acks[-1].done() or acks[-1].exception()):
                 raise Unavailable("the bus")
             return await asyncio.wait_for(asyncio.shield(future), self._timeout)
         except TimeoutError:
             raise Unanswered(self._timeout) from None
         finally:
-            ack.cancel()  # nats-py keeps a place for each one that is never done
+            for ack in acks:
+                ack.cancel()  # nats-py keeps a place for each one that is never done
 
     async def publish(self, command: Command, ticket: Ticket, id_: str) -> asyncio.Future[Any]:
         """Hands the command to the stream; the returned future is done when it is stored."""

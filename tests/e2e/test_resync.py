@@ -20,8 +20,8 @@ PATHS = ("/roles", "/users", "/auth/tokens", "/checkpoints", "/endpoints", "/inf
 @pytest.mark.parametrize("lost", ["projection", "projection and events"])
 def test_a_lost_projection_is_rebuilt(stack: Stack, admin: Client, lost: str) -> None:
     password, name = "correct horse battery", f"anna-{uuid4().hex[:8]}"
-    role = {"role_name": name, "permissions": ["checkpoint:all"]}
-    user = {"username": name, "password": password, "roles": [name, "Designer"]}
+    role: dict[str, Any] = {"role_name": f"role-{name}", "permissions": ["checkpoint:all"]}
+    user = {"username": name, "password": password, "roles": [role["role_name"], "Designer"]}
     admin.call("POST", "/roles", role)
     admin.call("POST", "/users", user)
     gateways = [admin.url, f"http://127.0.0.1:{stack.installation.ports['gateway-2']}"]
@@ -34,7 +34,7 @@ def test_a_lost_projection_is_rebuilt(stack: Stack, admin: Client, lost: str) ->
     anna.call(
         "POST", "/inferences", {"inference_type": "Async", "task_type": "rembg", "models": {}}
     )
-    admin.call("DELETE", "/roles", {"role_name_list": [name]})
+    admin.call("DELETE", "/roles", {"role_name_list": [role["role_name"]]})
     before = {who: {path: look(who, path) for path in PATHS} for who in (admin, anna)}
     assert before[anna]["/inferences"]["data"]["inferences"]
 
@@ -51,8 +51,8 @@ def test_a_lost_projection_is_rebuilt(stack: Stack, admin: Client, lost: str) ->
             assert again.call("GET", "/inferences")
     admin.url = gateways[0]
     admin.call("POST", "/roles", role)  # a name that comes back is newer than its tombstone
-    assert name in str(admin.call("GET", "/roles"))
-    admin.call("DELETE", "/roles", {"role_name_list": [name]})
+    assert role["role_name"] in str(admin.call("GET", "/roles"))
+    admin.call("DELETE", "/roles", {"role_name_list": [role["role_name"]]})
 
 
 def look(who: Client, path: str) -> dict[str, Any]:

@@ -571,7 +571,7 @@ def test_down_leaves_no_process_and_spares_those_of_others(folder: Path) -> None
 def lives(pid: int) -> bool:
     """Who has ended and waits for its new parent to notice does not."""
     try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
 
