@@ -341,7 +341,7 @@ def test_what_is_not_there_is_404(api: StrictClient, method: str, path: str, bod
 def test_a_name_that_is_taken_is_400_and_named(api: StrictClient) -> None:
     name = secrets.token_hex(4)
     bodies: dict[str, Body] = {
-        "CreateRole": {"role_name": name, "permissions": []},
+        "CreateRole": {"role_name": f"role {name}", "permissions": []},
         "CreateUser": {"username": name, "password": "long enough", "roles": []},
         "CreateCheckpoint": {"checkpoint_type": "VAE", "filenames": [{"filename": name}]},
     }
