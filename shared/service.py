@@ -102,10 +102,12 @@ class Service:
             main = asyncio.create_task(self._serve(stop))
             stopped = asyncio.create_task(stop.wait())
             await asyncio.wait({main, stopped}, return_when=asyncio.FIRST_COMPLETED)
-            if not main.done() and not hasattr(self, "work"):
-                main.cancel()  # still waiting for its servers: nothing is in hand
             stop.set()
             stopped.cancel()
+            while not main.done():
+                if not hasattr(self, "work"):
+                    main.cancel()  # still waiting for its servers: nothing is in hand
+                await asyncio.wait({main}, timeout=1)  # a library may swallow the first
             with contextlib.suppress(asyncio.CancelledError):
                 await main
 

@@ -83,9 +83,9 @@ async def _opened(gateway: Gateway) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        opening.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await opening
+        while not opening.done():
+            opening.cancel()
+            await asyncio.wait({opening}, timeout=1)  # a library may swallow the first
 
 
 def _end_if_failed(opening: asyncio.Task[None]) -> None:
@@ -106,10 +106,10 @@ async def _open(gateway: Gateway) -> None:
     while not await gateway.pool.fetchval("SELECT to_regclass('position') IS NOT NULL"):
         log.warning("waiting_for_migrations")
         await asyncio.sleep(0.5)
-    reconnected = asyncio.Event()
+    renew = asyncio.Event()
 
     async def on_reconnect() -> None:
-        reconnected.set()
+        renew.set()
 
     client = await bus.connect(settings, on_reconnect)
     js = client.jetstream()
@@ -130,7 +130,7 @@ async def _open(gateway: Gateway) -> None:
 
     async with gateway.objects.open():
         gateway.views = Views(gateway.pool)
-        gateway.projector = Projector(gateway.pool, js, gateway.directory, resync, reconnected)
+        gateway.projector = Projector(gateway.pool, js, gateway.directory, resync, renew)
         gateway.dispatcher = Dispatcher(client, js, gateway.pool, settings.command_timeout)
         gateway.projector.listeners.append(gateway.dispatcher.on_events)
         gateway.hub = Hub(gateway.projector, js)

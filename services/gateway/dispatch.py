@@ -149,12 +149,14 @@ class Dispatcher:
         )
 
     async def _recall(self, id_: str, ticket: Ticket) -> Outcome | None:
-        """The answer that a request with this Idempotency-Key got before."""
+        """The answer that a request with this Idempotency-Key got before. The key is on disk before
+        its command is sent, as other writes of the gateway need not be."""
         row = await self._pool.fetchrow(
             """
             INSERT INTO idempotency_keys (command_id, body_sha256) VALUES ($1, $2)
             ON CONFLICT (command_id) DO UPDATE SET command_id = excluded.command_id
-            RETURNING body_sha256, answer::text AS answer
+            RETURNING body_sha256, answer::text AS answer,
+                set_config('synchronous_commit', 'on', true)
             """,
             id_,
             ticket.body_sha256,

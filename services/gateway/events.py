@@ -134,13 +134,19 @@ class Hub:
         self._listeners: set[Listener] = set()
         self._running: dict[str, Job] = {}
         """Jobs whose progress may come: progress itself does not say whose it is."""
+        self._told = 0
         projector.listeners.append(self._on_events)
 
     async def follow_progress(self, client: Client) -> None:
         await client.subscribe("progress.*", cb=self._on_progress)
 
     def _on_events(self, events: list[Event]) -> None:
+        if self._projector.highest < self._told:
+            self._told = 0  # the log was made anew
         for event in events:
+            if event.seq <= self._told:
+                continue  # applied once more
+            self._told = event.seq
             if isinstance(job := event.message, Job):
                 if job.deleted or job.status in FINISHED:
                     self._running.pop(job.job_id, None)
@@ -192,7 +198,7 @@ class Hub:
         job_id = job.job_id if job else None
         listener = Listener(person, job_id)
         self._listeners.add(listener)
-        seen = self._projector.seq  # what comes later is pushed
+        seen = self._projector.highest  # what comes later is pushed
         try:
             yield b"retry: 1000\n\n"
             if job_id or after is not None:

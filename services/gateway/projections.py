@@ -102,19 +102,23 @@ class Projector:
         js: JetStreamContext,
         directory: Directory,
         resync: Callable[[], Awaitable[set[str]]],
-        reconnected: asyncio.Event,
+        renew: asyncio.Event,
     ) -> None:
-        """`resync` asks all owners for their state; it returns the ids of its commands.
-        `reconnected` is set when the bus was away."""
+        """`resync` asks all owners for their state; it returns the ids of its commands. `renew` is
+        set when the bus was away."""
         self._pool = pool
         self._js = js
         self._directory = directory
         self._resync = resync
-        self._reconnected = reconnected
-        self._queue: asyncio.Queue[Msg] = asyncio.Queue(maxsize=4096)
+        self._renew = renew
+        self._queue: asyncio.Queue[tuple[int, Msg]] = asyncio.Queue(maxsize=4096)
         self._subscription: Any = None
+        self._generation = 0
+        """Of the subscription: what an earlier one has left in the queue is not looked at."""
         self.listeners: list[Listener] = []
         self.seq = 0
+        self.highest = 0
+        """What `seq` was before a rewind: so much was told to the listeners."""
         self.healthy = False
         self.complete = asyncio.Event()
         """Set for good once all that was there at the start is here."""
@@ -134,7 +138,7 @@ class Projector:
             apply.cancel()
 
     async def _load(self) -> None:
-        self.seq = await self._pool.fetchval(
+        self.seq = self.highest = await self._pool.fetchval(
             "SELECT coalesce((SELECT seq FROM position WHERE stream = $1), 0)", EVENTS
         )
         rows = await self._pool.fetch(
@@ -158,11 +162,12 @@ class Projector:
                     if last < self.seq or first > self.seq + 1:
                         log.warning("resync", seq=self.seq, first=first, last=last)
                         self._awaited = await self._resync()
-                        await self._forget_position()
-                        self.seq = 0 if last < self.seq else first - 1
-                    self._reconnected.clear()
+                        start = 0 if last < self.seq else first - 1
+                        await self._set_position(start)
+                        self.seq = self.highest = start
+                    self._renew.clear()
                     await self._subscribe()
-                elif self._reconnected.is_set() or self._is_silent(last, stuck_at):
+                elif self._renew.is_set() or self._is_silent(last, stuck_at):
                     log.warning("consumer_renewed", seq=self.seq, last=last)
                     await self._unsubscribe()
                     continue
@@ -171,7 +176,7 @@ class Projector:
                 self._goal = last if self._goal is None else self._goal
                 self._check_complete()
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._reconnected.wait(), 2)
+                    await asyncio.wait_for(self._renew.wait(), 2)
             except Exception as error:
                 self.healthy = False
                 log.warning("waiting_for_events", error=repr(error))
@@ -185,63 +190,94 @@ class Projector:
             self.complete.set()
 
     async def _subscribe(self) -> None:
+        generation = self._generation
+
+        async def receive(message: Msg) -> None:
+            await self._queue.put((generation, message))
+
         self._subscription = await self._js.subscribe(
             "evt.>",
             stream=EVENTS,
             ordered_consumer=True,
-            cb=self._queue.put,
+            cb=receive,
             config=ConsumerConfig(
                 deliver_policy=DeliverPolicy.BY_START_SEQUENCE, opt_start_seq=self.seq + 1
             ),
         )
 
     async def _unsubscribe(self) -> None:
+        self._generation += 1
         subscription, self._subscription = self._subscription, None
         with contextlib.suppress(Exception):
             await subscription.unsubscribe()
 
     async def _apply_for_ever(self) -> None:
         while True:
-            messages = [await self._queue.get()]
-            while len(messages) < BATCH and not self._queue.empty():
-                messages.append(self._queue.get_nowait())
-            # A renewed consumer may repeat what was in hand.
-            messages = [m for m in messages if m.metadata.sequence.stream > self.seq]
+            taken = [await self._queue.get()]
+            while len(taken) < BATCH and not self._queue.empty():
+                taken.append(self._queue.get_nowait())
+            generation = self._generation
+            messages = [
+                message
+                for source, message in taken
+                if source == generation and message.metadata.sequence.stream > self.seq
+            ]
             if not messages:
                 continue
             events = [event for event in map(read, messages) if event]
             last = max(m.metadata.sequence.stream for m in messages)
-            while True:
-                try:
-                    await self._apply(events, last)
-                    break
-                except Exception as error:
-                    self.healthy = False
-                    log.warning("projection_postponed", error=repr(error))
-                    await asyncio.sleep(0.5)
+            known = await self._apply_until_done(events, last)
+            if generation != self._generation:
+                continue  # they come once more
+            if known < self.seq:
+                self._rewind(known)
+                continue
             for event in events:
                 if event.state:
                     self._directory.apply(event.state)
                 self._awaited.discard(event.envelope.answers or "")
-            self.seq = max(self.seq, last)
+            self.seq = last
+            self.highest = max(self.highest, last)
             self._check_complete()
             self._moved.set()
             self._moved.clear()
             for listener in self.listeners:
                 listener(events)
 
+    async def _apply_until_done(self, events: list[Event], last: int) -> int:
+        while True:
+            try:
+                return await self._apply(events, last, after=self.seq)
+            except Exception as error:
+                self.healthy = False
+                log.warning("projection_postponed", error=repr(error))
+                await asyncio.sleep(0.5)
+
+    def _rewind(self, known: int) -> None:
+        """The database has forgotten (a crash, a failover) what it was told last: it is told once
+        more."""
+        log.warning("projection_rewound", seq=self.seq, known=known)
+        self.seq = known
+        self._generation += 1
+        self._renew.set()
+
     async def catch_up(self, seconds: float = 2.0) -> bool:
         """Whether this process has applied, in time, what any replica had applied by now."""
-        there = await self._pool.fetchval("SELECT seq FROM position WHERE stream = $1", EVENTS)
+        mine = self.seq
+        there = await self._pool.fetchval("SELECT seq FROM position WHERE stream = $1", EVENTS) or 0
+        if there < mine == self.seq:
+            self._rewind(there)
+        goal = max(there, self.highest)
         try:
             async with asyncio.timeout(seconds):
-                while self.seq < (there or 0):
+                while self.seq < goal:
                     await self._moved.wait()
         except TimeoutError:
             return False
         return True
 
-    async def _apply(self, events: list[Event], last: int) -> None:
+    async def _apply(self, events: list[Event], last: int, *, after: int) -> int:
+        """Returns how far the table was before; if that is not `after` or more, nothing is done."""
         newest: dict[tuple[str, str], State] = {}
         for event in events:
             if event.state:
@@ -250,14 +286,17 @@ class Projector:
                     newest[key] = event.state
         answers = [event for event in events if event.envelope.answers]
         # One statement, so one round trip and one transaction. The gateway's connections commit
-        # without waiting for the disk: what a power cut takes is applied again from the stream.
-        await self._pool.execute(
+        # without waiting for the disk: what a crash takes is applied again from the stream.
+        known: int = await self._pool.fetchval(
             """
-            WITH applied AS (
+            WITH known AS (
+                SELECT coalesce(max(seq), 0) AS seq FROM position WHERE stream = $8
+            ), applied AS (
                 INSERT INTO aggregates (kind, id, version, deleted, state)
                 SELECT kind, id, version, deleted, state::jsonb
                 FROM unnest($1::text[], $2::text[], $3::int[], $4::bool[], $5::text[])
                     AS new (kind, id, version, deleted, state)
+                WHERE (SELECT seq FROM known) >= $10
                 ORDER BY kind, id
                 ON CONFLICT (kind, id) DO UPDATE SET
                     version = excluded.version, deleted = excluded.deleted,
@@ -267,9 +306,13 @@ class Projector:
                 UPDATE idempotency_keys SET answer = new.answer::jsonb
                 FROM unnest($6::text[], $7::text[]) AS new (command_id, answer)
                 WHERE idempotency_keys.command_id = new.command_id
+                    AND (SELECT seq FROM known) >= $10
+            ), moved AS (
+                INSERT INTO position (stream, seq)
+                SELECT $8, $9 WHERE (SELECT seq FROM known) >= $10
+                ON CONFLICT (stream) DO UPDATE SET seq = greatest(position.seq, excluded.seq)
             )
-            INSERT INTO position (stream, seq) VALUES ($8, $9)
-            ON CONFLICT (stream) DO UPDATE SET seq = greatest(position.seq, excluded.seq)
+            SELECT seq FROM known
             """,
             [kind for kind, _ in newest],
             [id_ for _, id_ in newest],
@@ -280,10 +323,19 @@ class Projector:
             [msgspec.json.encode(outcome_of(event)).decode() for event in answers],
             EVENTS,
             last,
+            after,
         )
+        return known
 
-    async def _forget_position(self) -> None:
-        await self._pool.execute("DELETE FROM position WHERE stream = $1", EVENTS)
+    async def _set_position(self, seq: int) -> None:
+        await self._pool.execute(
+            """
+            INSERT INTO position (stream, seq) VALUES ($1, $2)
+            ON CONFLICT (stream) DO UPDATE SET seq = excluded.seq
+            """,
+            EVENTS,
+            seq,
+        )
 
     def _wake_job_waiters(self, events: list[Event]) -> None:
         for event in events:

@@ -55,6 +55,58 @@ def test_a_lost_projection_is_rebuilt(stack: Stack, admin: Client, lost: str) ->
     admin.call("DELETE", "/roles", {"role_name_list": [role["role_name"]]})
 
 
+def test_what_a_crash_of_the_database_took_is_applied_again(stack: Stack, admin: Client) -> None:
+    """By gateways that go on running; and nobody hears of it twice."""
+    other = f"http://127.0.0.1:{stack.installation.ports['gateway-2']}"
+    body = {"inference_type": "Async", "task_type": "rembg", "models": {}}
+    for url in (admin.url, other):
+        client = Client(url, admin.headers["x-api-key"], admin.headers["Authorization"][7:])
+        asyncio.run(remember(stack))
+        key = uuid4().hex
+        made = client.call("POST", "/inferences", body, idempotency_key=key)["data"]["inference"]
+        begun = client.events(f"/inferences/{made['id']}/events")
+        assert next(begun).name == "inference.job_created.v1"
+        asyncio.run(forget(stack))
+        again = client.call("POST", "/inferences", body, idempotency_key=key)["data"]["inference"]
+        assert again["id"] == made["id"]
+        for gateway in (other, admin.url):
+            at = Client(gateway, admin.headers["x-api-key"], admin.headers["Authorization"][7:])
+            assert at.get_job(made["id"])["status"] == "created"
+        admin.call("DELETE", "/inferences", {"inference_id_list": [made["id"]]})
+        assert next(begun).name == "inference.job_deleted.v1"
+
+
+async def remember(stack: Stack) -> None:
+    connection = await asyncpg.connect(stack.installation.postgres_url("postgres"))
+    await connection.execute(
+        """
+        SET search_path = gateway;
+        DROP TABLE IF EXISTS was_aggregates, was_position;
+        CREATE TABLE was_aggregates AS TABLE aggregates;
+        CREATE TABLE was_position AS TABLE position;
+        """
+    )
+    await connection.close()
+
+
+async def forget(stack: Stack) -> None:
+    """As if the commits since `remember` had not reached the disk."""
+    connection = await asyncpg.connect(stack.installation.postgres_url("postgres"))
+    await connection.execute(
+        """
+        SET search_path = gateway;
+        BEGIN;
+        DELETE FROM aggregates;
+        INSERT INTO aggregates TABLE was_aggregates;
+        UPDATE position SET seq = was.seq FROM was_position AS was;
+        UPDATE idempotency_keys SET answer = NULL WHERE created_at > now() - interval '10 seconds';
+        DROP TABLE was_aggregates, was_position;
+        COMMIT;
+        """
+    )
+    await connection.close()
+
+
 def look(who: Client, path: str) -> dict[str, Any]:
     """The answer without what is signed anew each time."""
 

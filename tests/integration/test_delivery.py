@@ -280,9 +280,10 @@ async def test_a_service_outlasts_its_database(bus: Bus, folder: Path) -> None:
 async def test_a_service_outlasts_its_servers(trial: Bus, how: str) -> None:
     """While a stream of commands goes on: each is done once, and the pause is short."""
     sent: dict[str, CreateRole] = {}
+    enough = asyncio.Event()
 
     async def send_on() -> None:
-        while True:
+        while not enough.is_set():
             command = role()
             sent[await trial.send(command)] = command
             await asyncio.sleep(0.05)
@@ -298,7 +299,8 @@ async def test_a_service_outlasts_its_servers(trial: Bus, how: str) -> None:
         began = time.monotonic()
         await trial.ask(role(), seconds=8)
         print(f"{server} {how}: the next answer after {time.monotonic() - began:.1f} s")
-    sending.cancel()
+    enough.set()
+    await sending
     for id_, command in sent.items():
         assert isinstance(await trial.answer(id_), RoleCreated)
         assert await version(trial, command) == 1
