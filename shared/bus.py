@@ -150,7 +150,7 @@ class Receiver:
         self._handlers = handlers
 
     async def receive(self, message: NatsMessage) -> None:
-        async with _heartbeat(message):
+        async with heartbeat(message, every=ACK_WAIT / 3):
             await self._receive(message.raw_message)
 
     async def _receive(self, raw: Msg) -> None:
@@ -235,12 +235,12 @@ async def _outlast_postgres(work: Callable[[], Awaitable[T]]) -> T:
 
 
 @contextlib.asynccontextmanager
-async def _heartbeat(message: NatsMessage) -> AsyncIterator[None]:
-    """Keeps a message ours while its work goes on, so that ACK_WAIT can be short."""
+async def heartbeat(message: NatsMessage, *, every: float) -> AsyncIterator[None]:
+    """Keeps a message ours while its work goes on, so that the wait for an ack can be short."""
 
     async def beat() -> None:
         while True:
-            await asyncio.sleep(ACK_WAIT / 3)
+            await asyncio.sleep(every)
             try:
                 await message.in_progress()
             except Exception as error:
@@ -251,3 +251,4 @@ async def _heartbeat(message: NatsMessage) -> AsyncIterator[None]:
         yield
     finally:
         task.cancel()
+        await asyncio.wait({task})

@@ -12,9 +12,7 @@ this worker is told to stop               the next attempt
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
-from collections.abc import AsyncIterator
 from typing import Any
 
 import msgspec
@@ -26,6 +24,7 @@ from services.inference.worker.fetching import get_params, put
 from services.inference.worker.reports import Report, Reports
 from services.inference.worker.settings import Settings
 from shared import logs
+from shared.bus import heartbeat
 from shared.contracts import envelope as cloud
 from shared.contracts.envelope import Envelope
 from shared.contracts.inference import (
@@ -118,7 +117,7 @@ class Jobs:
     async def _deliver(self, delivery: Delivery) -> None:
         again = False
         try:
-            async with _heartbeat(delivery.message):
+            async with heartbeat(delivery.message, every=JOB_HEARTBEAT):
                 again = not await self._finish(delivery)
                 if not again:
                     _remember(self._finished, delivery.job.job_id, None)
@@ -221,26 +220,6 @@ def _remember(memory: dict[str, Any], job_id: str, what: object) -> None:
     memory[job_id] = what
     while len(memory) > REMEMBERED:
         del memory[next(iter(memory))]
-
-
-@contextlib.asynccontextmanager
-async def _heartbeat(message: NatsMessage) -> AsyncIterator[None]:
-    """Keeps the job ours while its work goes on."""
-
-    async def beat() -> None:
-        while True:
-            await asyncio.sleep(JOB_HEARTBEAT)
-            try:
-                await message.in_progress()
-            except Exception as error:
-                log.warning("heartbeat_missed", error=repr(error))
-
-    task = asyncio.create_task(beat())
-    try:
-        yield
-    finally:
-        task.cancel()
-        await asyncio.wait({task})
 
 
 async def _ack(message: NatsMessage) -> None:
