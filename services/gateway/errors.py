@@ -49,6 +49,7 @@ STATUS: dict[str, int] = {
     "inference.not_found": 404,
     "inference.exists": 400,
     "inference.not_startable": 400,
+    "inference.not_cancellable": 400,
     "inference.no_endpoint": 400,
     "inference.params_missing": 400,
     "inference.checkpoint_gone": 404,

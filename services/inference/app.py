@@ -20,7 +20,7 @@ log = get_logger(__name__)
 
 def build(settings: Settings, object_settings: ObjectSettings) -> Service:
     objects = Objects(object_settings)
-    deleted = asyncio.Event()
+    left = asyncio.Event()
 
     async def empty_queue(endpoint_id: str) -> None:
         try:
@@ -28,23 +28,23 @@ def build(settings: Settings, object_settings: ObjectSettings) -> Service:
         except Exception as error:  # its jobs have failed already; a worker would do them in vain
             log.warning("queue_not_emptied", endpoint_id=endpoint_id, error=repr(error))
 
-    async def remove_what_was_deleted(service: Service) -> None:
+    async def remove_what_was_left(service: Service) -> None:
         while True:
-            deleted.clear()
+            left.clear()
             try:
                 await service.work.run(partial(remove_leftovers, objects=objects))
             except Exception as error:
                 log.warning("leftovers_postponed", error=repr(error))
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(deleted.wait(), settings.leftovers_seconds)
+                await asyncio.wait_for(left.wait(), settings.leftovers_seconds)
 
     service = Service(
         "inference",
         settings,
-        commands=commands_with(objects, deleted.set),
+        commands=commands_with(objects, left.set),
         reactions=reactions_with(empty_queue),
         checks={"s3": objects.check},
-        background=remove_what_was_deleted,
+        background=remove_what_was_left,
         resources=[objects.open()],
     )
     return service

@@ -92,6 +92,22 @@ async def _has_params(job: Job, objects: Objects) -> bool:
         raise Retry(f"object store: {error!r}") from error
 
 
+async def cancel_job(cmd: inference.CancelJob, tx: Tx, *, wake: Wake) -> None:
+    store = JobStore(tx.conn)
+    job = await store.find(cmd.job_id)
+    if job is None:
+        raise Rejected("inference.not_found", job_id=cmd.job_id)
+    job.check_cancellable()
+    if job.cancelled:
+        tx.emit(inference.JobSynced.of(job))
+        return
+    cancelled = job.cancel(cmd.username, now=tx.now)
+    await store.save(cancelled)
+    await _leave(cancelled, tx, wake)
+    tx.emit(inference.JobCancelled.of(cancelled))
+    log.info("job_cancelled", job_id=job.job_id)
+
+
 async def delete_jobs(cmd: inference.DeleteJobs, tx: Tx, *, wake: Wake) -> None:
     store = JobStore(tx.conn)
     for job_id in sorted(set(cmd.job_ids)):
@@ -145,7 +161,8 @@ async def resync(_: inference.ResyncInference, tx: Tx) -> None:
 
 
 async def remove_leftovers(tx: Tx, *, objects: Objects) -> None:
-    """Removes what deleted jobs left in S3. Raises S3 errors, and then none is forgotten."""
+    """Removes what cancelled and deleted jobs left in S3. Raises S3 errors, and then none is
+    forgotten."""
     store = LeftoverStore(tx.conn)
     while leftovers := await store.take_some(20):
         for leftover in leftovers:
@@ -157,12 +174,12 @@ async def remove_leftovers(tx: Tx, *, objects: Objects) -> None:
 
 async def _find_running(job_id: str, tx: Tx, wake: Wake) -> Job | None:
     """The job that a worker reports the end of; None if nobody waits for it any more. What was
-    uploaded for a deleted one goes as well."""
+    uploaded for a cancelled or deleted one goes as well."""
     job = await JobStore(tx.conn).find(job_id)
     if job is not None and job.running:
         return job
     log.info("late_report_ignored", job_id=job_id)
-    if job is not None and job.deleted:
+    if job is not None and job.unwanted:
         await _leave(job, tx, wake)
     return None
 
@@ -171,6 +188,5 @@ async def _leave(job: Job, tx: Tx, wake: Wake) -> None:
     async def after_commit() -> None:
         wake()
 
-    prefixes = [f"out/{job.job_id}/", job.params_key.rpartition("/")[0] + "/"]
-    await LeftoverStore(tx.conn).add(Leftover(job.job_id, job.bucket, prefixes))
+    await LeftoverStore(tx.conn).add(Leftover(job.job_id, job.bucket, job.unwanted))
     tx.after_commit.append(after_commit)

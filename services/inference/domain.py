@@ -37,6 +37,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     reason: str | None = None
     seconds: dict[str, float] = {}
     warnings: list[str] = []
+    cancelled: bool = False
     version: int = 1
     deleted: bool = False
 
@@ -45,11 +46,26 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         """Whether a report of a worker still counts: a job has one visible result."""
         return self.status == INPROGRESS and not self.deleted
 
+    @property
+    def unwanted(self) -> list[str]:
+        """The prefixes in S3 that nobody looks at any more, each with its `/`: the results of a
+        cancelled job, everything of a deleted one."""
+        results, params = f"out/{self.job_id}/", self.params_key.rpartition("/")[0] + "/"
+        if self.deleted:
+            return [results, params]
+        return [results] if self.cancelled else []
+
     def check_startable(self) -> None:
         if self.deleted:
             raise Rejected("inference.not_found", job_id=self.job_id)
         if self.status != CREATED:
             raise Rejected("inference.not_startable", job_id=self.job_id, status=self.status)
+
+    def check_cancellable(self) -> None:
+        if self.deleted:
+            raise Rejected("inference.not_found", job_id=self.job_id)
+        if self.status not in (CREATED, INPROGRESS) and not self.cancelled:
+            raise Rejected("inference.not_cancellable", job_id=self.job_id, status=self.status)
 
     def start(self, endpoint: Endpoint, *, now: datetime) -> Job:
         return replace(
@@ -97,6 +113,10 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
             attempt=max(self.attempt, attempt),
             version=self.version + 1,
         )
+
+    def cancel(self, username: str, *, now: datetime) -> Job:
+        """ESD's clients know no status for it: it has failed."""
+        return replace(self.fail(f'cancelled by "{username}"', now=now), cancelled=True)
 
     def delete(self) -> Job:
         return replace(self, deleted=True, version=self.version + 1)

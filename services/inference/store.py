@@ -25,7 +25,8 @@ class JobStore:
             """
             SELECT job_id, owner, inference_type, task_type, status, models, bucket, params_key,
                    endpoint_id, endpoint_name, instance_type, created_at, started_at, completed_at,
-                   attempt, image_names, info_name, reason, seconds, warnings, version, deleted
+                   attempt, image_names, info_name, reason, seconds, warnings, cancelled, version,
+                   deleted
             FROM jobs WHERE job_id = $1 FOR UPDATE
             """,
             job_id,
@@ -37,7 +38,8 @@ class JobStore:
             """
             SELECT job_id, owner, inference_type, task_type, status, models, bucket, params_key,
                    endpoint_id, endpoint_name, instance_type, created_at, started_at, completed_at,
-                   attempt, image_names, info_name, reason, seconds, warnings, version, deleted
+                   attempt, image_names, info_name, reason, seconds, warnings, cancelled, version,
+                   deleted
             FROM jobs ORDER BY created_at, job_id
             """
         )
@@ -49,7 +51,8 @@ class JobStore:
             """
             SELECT job_id, owner, inference_type, task_type, status, models, bucket, params_key,
                    endpoint_id, endpoint_name, instance_type, created_at, started_at, completed_at,
-                   attempt, image_names, info_name, reason, seconds, warnings, version, deleted
+                   attempt, image_names, info_name, reason, seconds, warnings, cancelled, version,
+                   deleted
             FROM jobs WHERE endpoint_id = $1 AND status = 'inprogress' AND NOT deleted
             ORDER BY job_id FOR UPDATE
             """,
@@ -104,8 +107,8 @@ class JobStore:
             UPDATE jobs SET
                 status = $2, endpoint_id = $3, endpoint_name = $4, instance_type = $5,
                 started_at = $6, completed_at = $7, attempt = $8, image_names = $9,
-                info_name = $10, reason = $11, seconds = $12, warnings = $13,
-                version = $14, deleted = $15
+                info_name = $10, reason = $11, seconds = $12, warnings = $13, cancelled = $14,
+                version = $15, deleted = $16
             WHERE job_id = $1
             """,
             job.job_id,
@@ -121,13 +124,14 @@ class JobStore:
             job.reason,
             job.seconds,
             job.warnings,
+            job.cancelled,
             job.version,
             job.deleted,
         )
 
 
 class Leftover(msgspec.Struct, frozen=True):
-    """What lies in S3 of a job that was deleted. Every prefix ends with `/`."""
+    """What lies in S3 of a job that was cancelled or deleted. Every prefix ends with `/`."""
 
     job_id: str
     bucket: str
@@ -139,10 +143,11 @@ class LeftoverStore:
         self._conn = conn
 
     async def add(self, leftover: Leftover) -> None:
+        """What is unwanted of a job only grows, so the newest word replaces an earlier one."""
         await self._conn.execute(
             """
             INSERT INTO leftovers (job_id, bucket, prefixes) VALUES ($1, $2, $3)
-            ON CONFLICT (job_id) DO NOTHING
+            ON CONFLICT (job_id) DO UPDATE SET prefixes = excluded.prefixes
             """,
             leftover.job_id,
             leftover.bucket,

@@ -16,6 +16,7 @@ def commands_with(objects: Objects, wake: Wake) -> Handlers:
     return {
         inference.CreateJob: commands.create_job,
         inference.StartJob: partial(commands.start_job, objects=objects),
+        inference.CancelJob: partial(commands.cancel_job, wake=wake),
         inference.DeleteJobs: partial(commands.delete_jobs, wake=wake),
         inference.ReportJobStarted: commands.report_job_started,
         inference.ReportJobSucceeded: partial(commands.report_job_succeeded, wake=wake),

@@ -16,6 +16,9 @@ REJECTIONS = {
     "inference.not_found": "inference with id {job_id} not found",
     "inference.exists": "inference {job_id} was created before with other parameters",
     "inference.not_startable": "inference {job_id} is {status}; only a created one can be started",
+    "inference.not_cancellable": (
+        "inference {job_id} is {status}; only one that has not ended can be cancelled"
+    ),
     "inference.no_endpoint": 'no available {inference_type} endpoints for user "{username}"',
     "inference.params_missing": (
         "no params at api_params_s3_upload_url yet; PUT them there before starting {job_id}"
@@ -57,6 +60,15 @@ class StartJob(Command, frozen=True, kw_only=True):
     endpoints: list[Endpoint]
 
 
+class CancelJob(Command, frozen=True, kw_only=True):
+    """Ends a job that has not ended. `username`: who cancels it, an administrator perhaps. To
+    cancel twice is no error. A worker that still does it may report as ever: its report changes
+    nothing, and what it has uploaded is removed then."""
+
+    job_id: str
+    username: str
+
+
 class DeleteJobs(Command, frozen=True, kw_only=True):
     """Ids that do not exist are ignored: deleting twice is no error."""
 
@@ -95,7 +107,8 @@ class ResyncInference(Command, frozen=True, kw_only=True):
 
 
 class Job(State, frozen=True, kw_only=True):
-    """`status`: created, inprogress, succeed, failed (with `reason`). ESD's own spelling."""
+    """`status`: created, inprogress, succeed, failed (with `reason`). ESD's own spelling.
+    `cancelled`: it failed because somebody wanted it no more."""
 
     job_id: str
     owner: str
@@ -117,6 +130,7 @@ class Job(State, frozen=True, kw_only=True):
     reason: str | None = None
     seconds: dict[str, float] = {}
     warnings: list[str] = []
+    cancelled: bool = False
 
 
 class JobCreated(Job, frozen=True, kw_only=True): ...
@@ -132,6 +146,9 @@ class JobSucceeded(Job, frozen=True, kw_only=True): ...
 
 
 class JobFailed(Job, frozen=True, kw_only=True): ...
+
+
+class JobCancelled(Job, frozen=True, kw_only=True): ...
 
 
 class JobDeleted(Job, frozen=True, kw_only=True): ...

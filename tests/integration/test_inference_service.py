@@ -15,12 +15,14 @@ from deploy.local.stack import Stack
 from shared.contracts import endpoints, inference, models
 from shared.contracts.envelope import Completed, Rejected
 from shared.contracts.inference import (
+    CancelJob,
     DeleteJobs,
     ReportJobFailed,
     ReportJobStarted,
     ReportJobSucceeded,
     ResyncInference,
 )
+from shared.objects import params_key
 from tests.integration.inference_bus import Bus, until
 
 
@@ -54,6 +56,13 @@ def succeeded(job_id: str, *names: str, attempt: int = 1) -> ReportJobSucceeded:
         info_name=f"{job_id}_param.json",
         seconds={"render": 1.5},
     )
+
+
+async def upload(bus: Bus, job_id: str) -> str:
+    """The key of a picture, as a worker puts it there before it reports."""
+    key = f"out/{job_id}/result/image_0.png"
+    await bus.objects.client.put_object(Bucket=JOBS_BUCKET, Key=key, Body=b"png")
+    return key
 
 
 async def test_a_job_goes_from_created_to_succeed(bus: Bus) -> None:
@@ -204,21 +213,119 @@ async def test_no_job_is_left_behind_on_an_endpoint_deleted_while_jobs_start(bus
 async def test_what_a_deleted_job_has_in_s3_goes_with_it_and_so_do_late_results(bus: Bus) -> None:
     endpoint = await bus.make_endpoint()
     job_id = await bus.run_job(endpoint, b"{}")
-    result = f"out/{job_id}/result/image_0.png"
-
-    async def upload() -> None:
-        await bus.objects.client.put_object(Bucket=JOBS_BUCKET, Key=result, Body=b"png")
-
-    await upload()
+    await upload(bus, job_id)
     assert len(await bus.keys(job_id)) == 2
     deleted = await bus.ask(DeleteJobs(job_ids=[job_id, "unknown"]))
     assert isinstance(deleted, inference.JobDeleted)
     assert deleted.deleted
     await until(lambda: bus.keys(job_id), [])
-    await upload()  # by the worker that had it all the time
+    await upload(bus, job_id)  # by the worker that had it all the time
     assert isinstance(await bus.ask(succeeded(job_id)), Completed)
     await until(lambda: bus.keys(job_id), [])
     assert isinstance(await bus.ask(DeleteJobs(job_ids=[job_id])), Completed)
+
+
+def cancel(job_id: str, username: str = "alice") -> CancelJob:
+    return CancelJob(job_id=job_id, username=username)
+
+
+async def test_a_job_that_nobody_wants_any_more_ends_at_once(bus: Bus) -> None:
+    """Waiting for its start, in the queue, or in the hands of a worker."""
+    endpoint = await bus.make_endpoint()
+    unstarted = (await bus.make_job()).job_id
+    queued, taken = [await bus.run_job(endpoint, b"{}") for _ in range(2)]
+    await bus.ask(ReportJobStarted(job_id=taken, instance_id="i", attempt=1))
+    for job_id in (unstarted, queued, taken):
+        before = bus.of(job_id)[-1]
+        cancelled = await bus.ask(cancel(job_id, "an administrator"))
+        assert isinstance(cancelled, inference.JobCancelled)
+        assert (cancelled.status, cancelled.cancelled) == ("failed", True)
+        assert cancelled.reason == 'cancelled by "an administrator"'
+        assert cancelled.version == before.version + 1
+        assert cancelled.started_at
+        assert cancelled.completed_at
+        start = await bus.start_job(job_id, endpoint)
+        assert isinstance(start, Rejected)
+        assert start.code == "inference.not_startable"
+
+
+async def test_who_cancels_twice_gets_the_same_job(bus: Bus) -> None:
+    job = await bus.make_job()
+    first = await bus.ask(cancel(job.job_id, "alice"))
+    again = await bus.ask(cancel(job.job_id, "bob"))
+    assert isinstance(first, inference.JobCancelled)
+    assert again == inference.JobSynced.of(first)
+    await bus.ask(ResyncInference())
+    assert bus.of(job.job_id, inference.JobSynced)[-1].cancelled, "and it is remembered"
+
+
+async def test_what_can_not_be_cancelled_says_why(bus: Bus) -> None:
+    endpoint = await bus.make_endpoint()
+    done, failed = [await bus.run_job(endpoint, b"{}") for _ in range(2)]
+    await bus.ask(succeeded(done))
+    await bus.ask(ReportJobFailed(job_id=failed, instance_id="i", attempt=1, reason="no GPU"))
+    deleted = (await bus.make_job()).job_id
+    await bus.ask(cancel(deleted))
+    await bus.ask(DeleteJobs(job_ids=[deleted]))
+    only = "only one that has not ended can be cancelled"
+    for job_id, code, message in (
+        (done, "inference.not_cancellable", f"inference {done} is succeed; {only}"),
+        (failed, "inference.not_cancellable", f"inference {failed} is failed; {only}"),
+        (deleted, "inference.not_found", f"inference with id {deleted} not found"),
+        ("unknown", "inference.not_found", "inference with id unknown not found"),
+    ):
+        refused = await bus.ask(cancel(job_id))
+        assert isinstance(refused, Rejected)
+        assert (refused.code, refused.message) == (code, message)
+    assert bus.of(failed)[-1].reason == "no GPU"
+
+
+async def test_nothing_stays_of_a_cancelled_job_but_what_was_asked(bus: Bus) -> None:
+    """Whenever its worker uploads, and whatever it reports then; once it is deleted, nothing."""
+    job_id = await bus.run_job(await bus.make_endpoint(), b"{}")
+    params = params_key("txt2img", job_id)
+    await upload(bus, job_id)
+    await bus.ask(cancel(job_id))
+    await until(lambda: bus.keys(job_id), [params])
+    failed = ReportJobFailed(job_id=job_id, instance_id="i", attempt=1, reason="interrupted")
+    for late in (succeeded(job_id), failed):
+        await upload(bus, job_id)
+        assert isinstance(await bus.ask(late), Completed)
+        await until(lambda: bus.keys(job_id), [params])
+    assert [event.status for event in bus.of(job_id)] == ["created", "inprogress", "failed"]
+    await bus.ask(DeleteJobs(job_ids=[job_id]))
+    await until(lambda: bus.keys(job_id), [])
+
+
+async def test_a_job_deleted_right_after_it_was_cancelled_is_gone_as_a_whole(bus: Bus) -> None:
+    for _ in range(5):
+        job_id = await bus.run_job(await bus.make_endpoint(), b"{}")
+        await upload(bus, job_id)
+        await bus.send(cancel(job_id))
+        await bus.ask(DeleteJobs(job_ids=[job_id]))
+        await until(lambda job_id=job_id: bus.keys(job_id), [])  # type: ignore[misc]
+
+
+async def test_a_result_and_a_cancellation_that_come_together_have_one_outcome(bus: Bus) -> None:
+    """Whichever is first: either a picture to fetch, or a cancelled job without one."""
+    endpoint = await bus.make_endpoint()
+    left: dict[str, list[str]] = {}
+    for number in range(12):
+        job_id = await bus.run_job(endpoint, b"{}")
+        picture = await upload(bus, job_id)
+        both = [succeeded(job_id), cancel(job_id)]
+        if number % 2:
+            both.reverse()
+        await asyncio.gather(*map(bus.ask, both))
+        (end,) = [event for event in bus.of(job_id) if event.status in ("succeed", "failed")]
+        assert end.cancelled == (end.status == "failed")
+        pictures = [] if end.cancelled else [picture]
+        left[job_id] = [*pictures, params_key("txt2img", job_id)]
+
+    async def there() -> dict[str, list[str]]:
+        return {job_id: await bus.keys(job_id) for job_id in left}
+
+    await until(there, left)
 
 
 async def test_resync_tells_the_current_state_of_every_job(bus: Bus) -> None:

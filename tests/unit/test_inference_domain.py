@@ -85,6 +85,7 @@ def test_a_job_that_fails_before_it_runs_has_all_its_times() -> None:
         make_job(),
         make_job(status="succeed"),
         make_job(status="failed"),
+        make_job(status="inprogress").cancel("bob", now=NOW),
         make_job(status="inprogress", deleted=True),
     ],
 )
@@ -99,8 +100,39 @@ def test_a_job_starts_once(status: str) -> None:
 
 
 def test_a_deleted_job_is_not_found() -> None:
-    with pytest.raises(Rejected, match="not found"):
-        make_job(deleted=True).check_startable()
+    deleted = make_job(deleted=True)
+    for check in (deleted.check_startable, deleted.check_cancellable):
+        with pytest.raises(Rejected, match="not found"):
+            check()
+
+
+@pytest.mark.parametrize("job", [make_job(), make_job(status="inprogress", started_at=NOW)])
+def test_a_cancelled_job_has_failed_and_says_who_wanted_it_no_more(job: Job) -> None:
+    job.check_cancellable()
+    later = NOW + timedelta(seconds=9)
+    cancelled = job.cancel("bob", now=later)
+    assert (cancelled.status, cancelled.cancelled) == ("failed", True)
+    assert cancelled.reason == 'cancelled by "bob"'
+    assert (cancelled.started_at, cancelled.completed_at) == (job.started_at or later, later)
+    assert cancelled.version == job.version + 1
+    assert inference.JobCancelled.of(cancelled).cancelled
+    cancelled.check_cancellable()  # once more is no error
+
+
+@pytest.mark.parametrize("status", ["succeed", "failed"])
+def test_what_has_ended_can_not_be_cancelled(status: str) -> None:
+    with pytest.raises(Rejected, match=f"j is {status}; only one that has not ended can be"):
+        make_job(status=status).check_cancellable()
+
+
+def test_only_what_nobody_looks_at_is_unwanted() -> None:
+    """The owner of a cancelled job may still read what it was asked to do."""
+    job = make_job(params_key="txt2img/infer_v2/j/api_param.json")
+    cancelled = job.cancel("alice", now=NOW)
+    everything = ["out/j/", "txt2img/infer_v2/j/"]
+    assert (job.unwanted, job.fail("no GPU", now=NOW).unwanted) == ([], [])
+    assert cancelled.unwanted == ["out/j/"]
+    assert (job.delete().unwanted, cancelled.delete().unwanted) == (everything, everything)
 
 
 def test_the_endpoint_with_the_fewest_jobs_per_instance_gets_the_next() -> None:
