@@ -167,6 +167,11 @@ class Client:
     def start_job(self, job_id: str) -> dict[str, Any]:
         return self.call("PUT", f"/inferences/{job_id}/start")
 
+    def cancel_job(self, job_id: str) -> dict[str, Any]:
+        """Returns the job, which has failed then. Raises Failed for one that has ended already."""
+        job: dict[str, Any] = self.call("PUT", f"/inferences/{job_id}/cancel")["data"]
+        return job
+
     def get_job(self, job_id: str) -> dict[str, Any]:
         job: dict[str, Any] = self.call("GET", f"/inferences/{job_id}")["data"]
         return job

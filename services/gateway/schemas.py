@@ -385,8 +385,8 @@ class InferenceParams(Struct, frozen=True, kw_only=True):
 
 
 class InferenceView(Struct, frozen=True, kw_only=True):
-    """`error`: why a job failed. `warnings`: what was asked for and has no effect here.
-    `seconds`: stage -> duration."""
+    """`error`: why a job failed, or who cancelled it. `warnings`: what was asked for and has no
+    effect here. `seconds`: stage -> duration."""
 
     img_presigned_urls: list[str]
     output_presigned_urls: list[str]

@@ -84,6 +84,7 @@ ROUTES: dict[str, Route] = {
         "POST", "/inferences", "inference:create", {"inference_type": "Async", "task_type": "rembg"}
     ),
     "StartInferences": Route("PUT", f"/inferences/{NOTHING}/start", "inference:create"),
+    "CancelInferenceJob": Route("PUT", f"/inferences/{NOTHING}/cancel", "inference:create"),
     "GetInferenceJob": Route("GET", f"/inferences/{NOTHING}", "inference:list"),
     "DeleteInferenceJobs": Route(
         "DELETE", "/inferences", "inference:create", {"inference_id_list": [NOTHING]}
@@ -243,6 +244,7 @@ def test_a_job_of_somebody_else_is_out_of_reach(api: StrictClient, designer: Per
         ("GET", f"/inferences/{job_id}", None),
         ("GET", f"/inferences/{job_id}/events", None),
         ("PUT", f"/inferences/{job_id}/start", None),
+        ("PUT", f"/inferences/{job_id}/cancel", None),
         ("DELETE", "/inferences", {"inference_id_list": [NOTHING, job_id]}),
         ("GET", f"/inferences?username={designer.username}", None),
         ("POST", "/inferences", {**body, "user_id": designer.username}),

@@ -132,6 +132,7 @@ def test_with_the_api_key_alone_it_is_whom_the_body_or_the_job_names(
         ("GET", "/inferences", None),
         ("GET", f"/inferences/{job_id}", None),
         ("PUT", f"/inferences/{job_id}/start", None),
+        ("PUT", f"/inferences/{job_id}/cancel", None),
         ("DELETE", "/inferences", {"inference_id_list": [job_id]}),
         ("POST", "/inferences", {**JOB, "user_id": "admin"}),
         ("PUT", f"/checkpoints/{NOTHING}", {"status": "Active"}),
@@ -139,13 +140,17 @@ def test_with_the_api_key_alone_it_is_whom_the_body_or_the_job_names(
     ):
         assert plain.request(method, path, body).status_code == 401, f"{method} {path}"
     assert esd.request("GET", "/inferences").status_code == 200
+    cancelled = esd.request("PUT", f"/inferences/{job_id}/cancel")
+    assert cancelled.status_code == 200
+    assert cancelled.json()["data"]["error"] == f'cancelled by "{designer}"'
     gone = {"inference_id_list": [job_id, "99"]}
     assert esd.request("DELETE", "/inferences", gone).status_code == 204
     assert esd.request("DELETE", "/inferences", gone).status_code == 204
     unknown = esd.request("GET", f"/inferences/{job_id}")
     assert unknown.status_code == 404
     assert unknown.json()["message"] == f"inference with id {job_id} not found"
-    assert esd.request("PUT", f"/inferences/{job_id}/start").status_code == 404
+    for what in ("start", "cancel"):
+        assert esd.request("PUT", f"/inferences/{job_id}/{what}").status_code == 404
 
 
 def test_checkpoints_need_no_token_and_are_listed_twice(esd: EsdClient) -> None:

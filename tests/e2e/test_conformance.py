@@ -188,6 +188,43 @@ def test_jobs_are_listed_by_filter_and_page(api: StrictClient, world: World) -> 
     assert listed("") == []
 
 
+# Beside the seed: a job that nobody wants any more
+
+
+def test_a_cancelled_job_has_failed_at_once_at_every_gateway(
+    api: StrictClient, other: StrictClient
+) -> None:
+    person = api.add_person("Designer")
+    for client, canceller in ((person, person.username), (api, "admin")):
+        id_ = create_cutting_job(person)
+        job = client.cancel_job(id_)
+        assert (job["InferenceJobId"], job["status"]) == (id_, "failed")
+        assert job["error"] == f'cancelled by "{canceller}"'
+        assert TIME.fullmatch(job["completeTime"])
+        for gateway in (api, other):
+            seen = person.at(gateway.url).get_job(id_)
+            assert (seen["status"], seen["error"]) == ("failed", job["error"])
+        again = api.at(other.url).cancel_job(id_)
+        assert (again["status"], again["error"]) == ("failed", job["error"])
+        started = person.request("PUT", f"/inferences/{id_}/start")
+        assert started.status_code == 400, "it does not run after all"
+        told = [event.name for event in person.events(f"/inferences/{id_}/events") if event.id]
+        assert told == ["inference.job_created.v1", "inference.job_cancelled.v1"]
+
+
+def test_a_job_that_has_ended_can_not_be_cancelled(api: StrictClient, world: World) -> None:
+    assert world.finished.is_success
+    refused = api.request("PUT", f"/inferences/{world.job_id}/cancel")
+    assert refused.status_code == 400
+    assert refused.json()["message"] == (
+        f"inference {world.job_id} is succeed; only one that has not ended can be cancelled"
+    )
+    assert api.get_job(world.job_id)["img_presigned_urls"]
+    unknown = api.request("PUT", "/inferences/99/cancel")
+    assert unknown.status_code == 404
+    assert unknown.json()["message"] == "inference with id 99 not found"
+
+
 # Beside the seed: the same request twice, and two gateways
 
 

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,20 @@ def test_a_real_time_start_answers_with_the_finished_job(artist: Client) -> None
     answer = response.json()
     assert (answer["statusCode"], answer["data"]["status"]) == (200, "succeed")
     assert decode(artist.download(answer["data"]["img_presigned_urls"][0])).shape == (64, 64, 3)
+
+
+def test_a_real_time_start_answers_at_once_when_its_job_is_cancelled(artist: Client) -> None:
+    body = params("a cyan cross", steps=150)
+    job_id = artist.create_job("txt2img", MODEL, body, inference_type="Real-time")
+    told = artist.events(f"/inferences/{job_id}/events")
+    with ThreadPoolExecutor(1) as threads:
+        starting = threads.submit(artist.start_job, job_id)
+        assert any(event.name == "progress" for event in told)
+        artist.cancel_job(job_id)
+        job = starting.result(3)["data"]
+    assert (job["status"], job["error"]) == ("failed", 'cancelled by "admin"')
+    assert [event.name for event in told][-1] == "inference.job_cancelled.v1"
+    assert artist.get_job(job_id)["img_presigned_urls"] == []
 
 
 def test_a_real_time_start_that_takes_too_long_answers_that_it_goes_on(artist: Client) -> None:

@@ -27,7 +27,14 @@ from services.gateway.schemas import (
 from services.gateway.state import Gateway, check_page
 from services.gateway.views import job_view, models_view, output_path
 from shared.contracts.endpoints import SERVING
-from shared.contracts.inference import CreateJob, DeleteJobs, Job, StartJob, UsedModel
+from shared.contracts.inference import (
+    CancelJob,
+    CreateJob,
+    DeleteJobs,
+    Job,
+    StartJob,
+    UsedModel,
+)
 from shared.contracts.models import Checkpoint
 from shared.objects import params_key
 
@@ -226,6 +233,28 @@ async def _wait(gateway: Gateway, job_id: str) -> Job | None:
     return await gateway.projector.wait_for(ended, gateway.settings.realtime_timeout)
 
 
+@put(
+    "/inferences/{id:str}/cancel",
+    operation_id="CancelInferenceJob",
+    tags=["Inferences"],
+    responses=WRITE_ONE,
+)
+async def cancel_inference(
+    request: Request[Any, Any, Any], gateway: Gateway, id: str
+) -> Answer[InferenceView]:
+    """Ends a job that has not ended: its status is `failed` and its error says who cancelled it.
+    To cancel it again is no error."""
+    job = await gateway.views.find_job(id)
+    compat.claim(request, job.owner if job else None, or_administrator=True)
+    person = await gateway.authorize(request, "inference:create")
+    if job is None:
+        raise _not_found(id)
+    _check_owner(person, job)
+    command = CancelJob(job_id=job.job_id, username=person.username)
+    await gateway.dispatcher.send(command, await gateway.ticket(request, person))
+    return Answer(200, _view(gateway, await _get(gateway, job.job_id)))
+
+
 @get(
     "/inferences/{id:str}", operation_id="GetInferenceJob", tags=["Inferences"], responses=READ_ONE
 )
@@ -282,6 +311,7 @@ ROUTES = [
     list_inferences,
     create_inference,
     start_inference,
+    cancel_inference,
     get_inference,
     delete_inferences,
 ]
