@@ -214,6 +214,7 @@ def _service(name: str, *more: str) -> Permissions:
     return Permissions([*publish, *more], [f"_INBOX_{name}.>"])
 
 
+_JOB_EVENTS = "evt.inference.job.*"
 _WORKER_SUBJECTS = [command_subject(type_of(struct)) for struct in WORKER_COMMANDS]
 
 PERMISSIONS: dict[str, Permissions] = {
@@ -247,8 +248,14 @@ PERMISSIONS: dict[str, Permissions] = {
     ),
     "inference": _service("inference", "jobs.*", f"$JS.API.STREAM.PURGE.{JOBS}"),
     "worker": Permissions(
-        [*_WORKER_SUBJECTS, "progress.*", *_pull(JOBS, "*")],
-        ["_INBOX_worker.>"],
+        [
+            *_WORKER_SUBJECTS,
+            "progress.*",
+            *_pull(JOBS, "*"),
+            # Whether its job is still wanted: get_last_msg(EVENTS, job_events_subject(…), direct)
+            f"$JS.API.DIRECT.GET.{EVENTS}.{_JOB_EVENTS}",
+        ],
+        ["_INBOX_worker.>", _JOB_EVENTS],
     ),
     # For people and programs outside: job events as they happen, or replayed from the stream.
     "subscriber": Permissions(
@@ -260,7 +267,7 @@ PERMISSIONS: dict[str, Permissions] = {
             f"$JS.ACK.{EVENTS}.>",
             "$JS.FC.>",
         ],
-        ["_INBOX_subscriber.>", "evt.inference.job.*", "progress.*"],
+        ["_INBOX_subscriber.>", _JOB_EVENTS, "progress.*"],
         [  # a service's own place in the log: not to be read from, moved or removed
             subject
             for name in REACTS_TO

@@ -36,6 +36,7 @@ from botocore.config import Config
 from botocore.exceptions import ClientError
 from nats.aio.client import Client
 from nats.js.api import StreamConfig
+from nats.js.errors import NotFoundError
 
 from deploy.local import processes, provision, supervisor
 from deploy.local.installation import (
@@ -51,7 +52,13 @@ from deploy.local.installation import (
     is_root,
 )
 from deploy.local.stack import Stack, StackError
-from shared.contracts.subjects import COMMANDS, EVENTS, PERMISSIONS, STREAMS
+from shared.contracts.subjects import (
+    COMMANDS,
+    EVENTS,
+    PERMISSIONS,
+    STREAMS,
+    job_events_subject,
+)
 
 SERVERS = ("nats", "postgres", "seaweedfs")
 
@@ -234,6 +241,12 @@ def test_every_user_of_the_contracts_has_a_password() -> None:
         ("gateway", "evt.models.checkpoint.1"),
         ("worker", "cmd.identity.create_user.v1"),
         ("worker", f"$JS.API.STREAM.DELETE.{EVENTS}"),
+        ("worker", "evt.inference.job.1"),
+        ("worker", f"$JS.API.DIRECT.GET.{EVENTS}"),
+        ("worker", f"$JS.API.DIRECT.GET.{EVENTS}.evt.identity.credential.somebody"),
+        ("worker", f"$JS.API.DIRECT.GET.{EVENTS}.evt.models.checkpoint.1"),
+        ("worker", f"$JS.API.DIRECT.GET.{EVENTS}.>"),
+        ("worker", f"$JS.API.STREAM.MSG.GET.{EVENTS}"),
         ("subscriber", "evt.inference.job.1"),
         ("subscriber", f"$JS.API.STREAM.PURGE.{EVENTS}"),
         ("inference", f"$JS.API.CONSUMER.MSG.NEXT.{COMMANDS}.models"),
@@ -252,6 +265,9 @@ async def test_a_user_can_not_publish_what_belongs_to_others(
         ("models", "_INBOX_gateway.>"),
         ("models", "cmd.>"),
         ("worker", "evt.>"),
+        ("worker", "evt.*.*.*"),
+        ("worker", "evt.identity.credential.*"),
+        ("worker", "evt.inference.outcome.*"),
         ("subscriber", "evt.identity.>"),
         ("subscriber", "_INBOX.>"),
         ("identity", ">"),
@@ -267,6 +283,30 @@ async def test_a_user_may_do_its_own_work(stack: Stack) -> None:
     assert not await denials(stack, "models", publish="evt.models.checkpoint.1")
     assert not await denials(stack, "subscriber", read="evt.inference.job.*")
     assert not await denials(stack, "worker", publish="progress.1")
+
+
+async def test_a_worker_learns_how_its_job_is_and_of_nothing_else(stack: Stack) -> None:
+    """The last event of a job, and those that come."""
+    errors: list[str] = []
+    job, credential = job_events_subject("1"), "evt.identity.credential.somebody"
+    async with nats_as(stack, "admin", errors) as admin, nats_as(stack, "worker", errors) as worker:
+        for subject in (job, credential):
+            await admin.jetstream().publish(subject, b"before")
+        js = worker.jetstream()
+        assert (await js.get_last_msg(EVENTS, job, direct=True)).data == b"before"
+        with pytest.raises(NotFoundError):
+            await js.get_last_msg(EVENTS, job_events_subject("2"), direct=True)
+        heard = await worker.subscribe(job)
+        await worker.flush()
+        for subject in (job, credential):
+            await admin.jetstream().publish(subject, b"after")
+        assert (await heard.next_msg(2)).data == b"after"
+        last = f"$JS.API.DIRECT.GET.{EVENTS}.{job}"
+        for wish in ({"last_by_subj": credential}, {"seq": 2}, {"next_by_subj": "evt.>"}):
+            answer = await worker.request(last, json.dumps(wish).encode())
+            assert answer.headers
+            assert answer.headers["Status"] == "408", "its body may not say more than its subject"
+    assert not errors
 
 
 @pytest.mark.parametrize("password", ["", "wrong"])
