@@ -25,7 +25,7 @@ class Failed(Exception):
 
 
 class ServerEvent(msgspec.Struct):
-    """One Server-Sent Event. `id` is None for progress, which is never stored."""
+    """One Server-Sent Event. `id` is None for progress and previews, which are never stored."""
 
     name: str
     data: dict[str, Any]

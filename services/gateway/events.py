@@ -1,8 +1,9 @@
-"""Server-Sent Events: one hub per process, fed by the projector and by progress telemetry.
+"""Server-Sent Events: one hub per process, fed by the projector and by the telemetry of workers.
 
 A frame's `id` is the event's place in the stream, so a client that comes back with `Last-Event-ID`
-gets what it missed from the stream before it hears live events. Progress has no id: it is never
-stored. Frames are made once and shared; a client that reads too slowly is cut off and comes back.
+gets what it missed from the stream before it hears live events. Progress and previews have no id:
+they are never stored. Frames are made once and shared; a client that reads too slowly is cut off
+and comes back.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from shared.contracts import envelope as cloud
 from shared.contracts.endpoints import Endpoint
 from shared.contracts.envelope import Envelope, State
 from shared.contracts.identity import Credential, Role, Token, User
-from shared.contracts.inference import Job, JobProgress
+from shared.contracts.inference import Job, JobPreview, JobProgress
 from shared.contracts.models import Checkpoint
 from shared.contracts.registry import payload
 from shared.contracts.subjects import EVENTS, job_events_subject
@@ -35,6 +36,8 @@ from shared.logs import get_logger
 log = get_logger(__name__)
 
 QUEUE = 1000
+PREVIEWS_UNTIL = 10
+"""A client for which so many frames wait gets no previews: they are large, and soon out of date."""
 KEEP_ALIVE = 15.0
 REPLAY_AHEAD = 64
 PATIENCE = 5.0
@@ -133,12 +136,12 @@ class Hub:
         self._js = js
         self._listeners: set[Listener] = set()
         self._running: dict[str, Job] = {}
-        """Jobs whose progress may come: progress itself does not say whose it is."""
+        """Jobs whose telemetry may come: it does not say itself whose it is."""
         self._told = 0
         projector.listeners.append(self._on_events)
 
     async def follow_progress(self, client: Client) -> None:
-        await client.subscribe("progress.*", cb=self._on_progress)
+        await client.subscribe("progress.*", cb=self._on_telemetry)
 
     def _on_events(self, events: list[Event]) -> None:
         if self._projector.highest < self._told:
@@ -164,22 +167,25 @@ class Hub:
         self._listeners.discard(listener)
         listener.cut_off()
 
-    async def _on_progress(self, message: Msg) -> None:
+    async def _on_telemetry(self, message: Msg) -> None:
         if not self._listeners:
             return
         try:
-            envelope = cloud.decode(message.data)
-            progress = payload(envelope)
+            telemetry = payload(cloud.decode(message.data))
         except (msgspec.MsgspecError, KeyError):
             return
-        if not isinstance(progress, JobProgress):
+        if not isinstance(telemetry, JobProgress | JobPreview):
             return
-        frame = Frame(0, b"event: progress\ndata: %s\n\n" % msgspec.json.encode(progress))
+        preview = isinstance(telemetry, JobPreview)
+        name = b"preview" if preview else b"progress"
+        frame = Frame(0, b"event: %s\ndata: %s\n\n" % (name, msgspec.json.encode(telemetry)))
         for listener in list(self._listeners):
-            wanted = listener.job_id == progress.job_id or (
-                listener.job_id is None and listener.wants(self._running.get(progress.job_id))
+            wanted = listener.job_id == telemetry.job_id or (
+                listener.job_id is None and listener.wants(self._running.get(telemetry.job_id))
             )
-            if wanted and not listener.push(frame):
+            if not wanted or (preview and listener.queue.qsize() >= PREVIEWS_UNTIL):
+                continue
+            if not listener.push(frame):
                 self._cut_off(listener)
 
     async def find_end(self, job_id: str) -> int:

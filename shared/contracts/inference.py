@@ -177,3 +177,15 @@ class JobProgress(Message, frozen=True, kw_only=True):
     steps: int
     attempt: int = 1
     eta_seconds: float | None = None
+
+
+class JobPreview(Message, frozen=True, kw_only=True):
+    """Telemetry as progress is, on its subject: how the picture looks after `step` of `steps`.
+    `image`: a small picture, its bytes in base64; `media_type` says of which kind (image/jpeg)."""
+
+    job_id: str
+    attempt: int
+    step: int
+    steps: int
+    media_type: str
+    image: str

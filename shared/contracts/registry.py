@@ -70,6 +70,7 @@ TYPES: dict[str, type[Message]] = {
     "inference.job_synced.v1": inference.JobSynced,
     "inference.run_job.v1": inference.RunJob,
     "inference.job_progress.v1": inference.JobProgress,
+    "inference.job_preview.v1": inference.JobPreview,
     **{f"{owner.OWNER}.rejected.v1": Rejected for owner in OWNERS},
     **{f"{owner.OWNER}.completed.v1": Completed for owner in OWNERS},
     "darkroom.dead_letter.v1": DeadLetter,

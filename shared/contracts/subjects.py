@@ -5,7 +5,7 @@
     evt.<owner>.outcome.<command id>    EVENTS     rejections and "nothing to change"
     jobs.<endpoint id>                  JOBS       work queue, one durable consumer per endpoint
     dead.<owner>                        DEAD       what could not be handled, with the reason
-    progress.<job id>                   core NATS  telemetry, never stored
+    progress.<job id>                   core NATS  steps and previews, never stored
 
 This is the one place that declares streams; `deploy/` applies it and services only bind.
 """

@@ -29,7 +29,10 @@ from deploy.local.client import Client, Failed, ServerEvent, parse_events
 from deploy.local.demo import CHECKPOINT
 from deploy.local.stack import Stack
 from shared.contracts import envelope as cloud
+from shared.contracts.envelope import Message
 from shared.contracts.identity import RoleChanged
+from shared.contracts.inference import JobPreview, JobProgress
+from shared.contracts.registry import type_of
 from shared.contracts.subjects import EVENTS, REACTS_TO
 
 ENDPOINT = "events"
@@ -143,6 +146,75 @@ def test_a_job_is_told_step_by_step_and_then_the_stream_ends(artist: Client, oth
         told = [e for e in ear.heard if job_id in (e.data.get("subject"), e.data.get("job_id"))]
         assert [event.name for event in told if event.id] == LIFE[1:]
         assert "progress" in [event.name for event in told]
+
+
+async def tell(stack: Stack, job_id: str, *telemetry: Message | bytes) -> None:
+    """As a worker that has the job."""
+    client = await nats.connect(stack.installation.nats_url_as("worker"))
+    for message in telemetry:
+        if isinstance(message, Message):
+            name = type_of(message)
+            framed = cloud.wrap(message, type=name, source="worker/1", subject=job_id)
+            message = cloud.encode(framed)
+        await client.publish(f"progress.{job_id}", message)
+    await client.flush()
+    await client.close()
+
+
+def preview_of(job_id: str, step: int = 4, image: str = "/9j/4AAQ") -> JobPreview:
+    return JobPreview(
+        job_id=job_id, attempt=1, step=step, steps=8, media_type="image/jpeg", image=image
+    )
+
+
+def test_a_picture_is_seen_as_it_comes_to_be(stack: Stack, admin: Client, other: Client) -> None:
+    """By those who hear of the job; what else is said where workers speak is passed over."""
+    outsider = add_person(admin, "Designer")
+    job_id, rival_id = (admin.create_job("rembg", {}, {}) for _ in range(2))
+    path = f"/inferences/{job_id}/events"
+    ears = [Ear(admin, path), Ear(other, path), Ear(admin, "/events"), Ear(other, "/events")]
+    deaf = [Ear(outsider, "/events"), Ear(admin, f"/inferences/{rival_id}/events")]
+    unknown = cloud.wrap(preview_of(job_id), type="inference.job_film.v1", source="x", subject="x")
+    progress = JobProgress(job_id=job_id, step=5, steps=8)
+    asyncio.run(tell(stack, job_id, b"noise", cloud.encode(unknown), preview_of(job_id), progress))
+    for ear in ears:
+        ear.wait(lambda heard: any(event.name == "progress" for event in heard), 5)
+        told = [event for event in ear.heard if not event.id]
+        assert [event.name for event in told] == ["preview", "progress"]
+        assert told[0].data == {
+            "job_id": job_id,
+            "attempt": 1,
+            "step": 4,
+            "steps": 8,
+            "media_type": "image/jpeg",
+            "image": "/9j/4AAQ",
+        }
+    admin.cancel_job(job_id)
+    for ear in ears[:2]:
+        assert ear.ended.wait(5)
+        assert ear.heard[-1].name == "inference.job_cancelled.v1"
+    for ear in deaf:
+        assert not [event for event in ear.heard if not event.id]
+
+
+def test_who_reads_slowly_gets_fewer_pictures_and_no_fewer_events(
+    stack: Stack, admin: Client
+) -> None:
+    job_id, count = admin.create_job("rembg", {}, {}), 100
+    previews = [preview_of(job_id, step, "x" * 150_000) for step in range(count)]
+    transport = httpx.HTTPTransport(socket_options=[(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 18)])
+    url = f"{admin.url}/inferences/{job_id}/events"
+    with (
+        httpx.Client(transport=transport, timeout=30) as http,
+        http.stream("GET", url, headers=admin.headers) as slow,
+    ):
+        lines = slow.iter_lines()
+        assert next(lines).startswith("retry")
+        asyncio.run(tell(stack, job_id, *previews))
+        admin.cancel_job(job_id)
+        names = [event.name for event in parse_events(lines)]
+    assert 0 < names.count("preview") < count
+    assert names[-1] == "inference.job_cancelled.v1"
 
 
 def test_who_knows_the_end_of_a_job_is_told_not_to_come_back(artist: Client) -> None:

@@ -53,7 +53,9 @@ async def follow_events(request: Request[Any, Any, Any], gateway: Gateway) -> St
     """Server-Sent Events of all that you may see, from now on, or from `Last-Event-ID` on.
 
     `event` is the message type (`inference.job_succeeded.v1`), `data` a CloudEvents envelope whose
-    `data` is the full state. `event: progress` tells the steps of running jobs."""
+    `data` is the full state. Without an id, and so never told again: `event: progress` with the
+    steps of running jobs, and `event: preview` with a small picture (`media_type`; `image` in
+    base64) of how far one is."""
     person = await gateway.authorize(request, None)
     after = _last_event_id(request)
     return _stream(gateway.hub.stream(person, after=after))
@@ -68,9 +70,10 @@ async def follow_events(request: Request[Any, Any, Any], gateway: Gateway) -> St
 async def follow_inference(
     request: Request[Any, Any, Any], gateway: Gateway, id: str
 ) -> Stream | Response[None]:
-    """Server-Sent Events of one job, from its beginning or from `Last-Event-ID` on, with its
-    progress; ends when the job has ended. Who comes back knowing its end gets 204, which tells
-    browsers not to come again."""
+    """Server-Sent Events of one job, from its beginning or from `Last-Event-ID` on, with its steps
+    (`event: progress`) and small pictures of how far it is (`event: preview`, with `media_type` and
+    `image` in base64) as they come; ends when the job has ended. Who comes back knowing its end
+    gets 204, which tells browsers not to come again."""
     job = await gateway.views.find_job(id)
     compat.claim(request, job.owner if job else None, or_administrator=True)
     person = await gateway.authorize(request, "inference:list")
