@@ -36,7 +36,8 @@ CheckpointType = Literal[
     "rembg",
 ]
 InferenceType = Literal["Async", "Real-time"]
-TaskType = Literal["txt2img", "img2img", "rembg"]
+TaskType = Literal["txt2img", "img2img", "rembg", "extra-single-image"]
+"""`extra-single-image` enlarges a picture, by an `Upscaler` or without any model."""
 NOT_APPLICABLE = "not_applicable"
 
 

@@ -155,9 +155,11 @@ def test_checkpoints_are_listed_by_filter_and_page(api: StrictClient) -> None:
     assert listed("") == []
 
 
-def create_cutting_job(person: StrictClient, inference_type: str = "Async", **more: str) -> str:
+def create_cutting_job(
+    person: StrictClient, inference_type: str = "Async", task_type: str = "rembg", **more: str
+) -> str:
     """A job that needs no checkpoint to be created."""
-    body = {"inference_type": inference_type, "task_type": "rembg", "models": {}}
+    body = {"inference_type": inference_type, "task_type": task_type, "models": {}}
     answer = person.call("POST", "/inferences", body, **more)
     return str(answer["data"]["inference"]["id"])
 
@@ -165,7 +167,7 @@ def create_cutting_job(person: StrictClient, inference_type: str = "Async", **mo
 def test_jobs_are_listed_by_filter_and_page(api: StrictClient, world: World) -> None:
     person = api.add_person("Designer")
     ids = [create_cutting_job(person) for _ in range(3)]
-    ids = [create_cutting_job(person, "Real-time"), *reversed(ids)]
+    ids = [create_cutting_job(person, "Real-time", "extra-single-image"), *reversed(ids)]
 
     def listed(query: str, client: StrictClient = person) -> list[str]:
         data = client.call("GET", f"/inferences?{query}")["data"]
@@ -177,6 +179,8 @@ def test_jobs_are_listed_by_filter_and_page(api: StrictClient, world: World) -> 
     assert listed("status=created&status=failed") == ids
     assert listed("status=succeed") == []
     assert listed("task_type=txt2img&task_type=img2img") == []
+    assert listed("task_type=extra-single-image") == ids[:1]
+    assert listed("task_type=rembg") == ids[1:]
     assert listed("endpoint_name=test") == []
     assert world.started.is_success
     assert world.job_id in listed("endpoint_name=test", api)
@@ -186,6 +190,31 @@ def test_jobs_are_listed_by_filter_and_page(api: StrictClient, world: World) -> 
     assert person.call("GET", "/inferences?per_page=3&page=7")["data"]["total"] == 4
     person.call("DELETE", "/inferences", {"inference_id_list": ids})
     assert listed("") == []
+
+
+# Beside the seed: a kind of job that it leaves out and its clients send
+
+
+def test_a_picture_can_be_enlarged_with_an_upscaler_or_without_any_model(
+    api: StrictClient, tmp_path: Path
+) -> None:
+    weights = tmp_path / f"{unique('upscaler')}.safetensors"
+    weights.write_bytes(b"weights")
+    api.upload_checkpoint("Upscaler", weights)
+    body = {"inference_type": "Async", "task_type": "extra-single-image"}
+    for models in ({}, {"Upscaler": [weights.name]}):
+        job = api.call("POST", "/inferences", {**body, "models": models})["data"]["inference"]
+        assert job["type"] == "extra-single-image"
+        assert {model["type"]: model["name"] for model in job["models"]} == models
+        key = f"/extra-single-image/infer_v2/{job['id']}/api_param.json"
+        assert job["api_params_s3_location"].endswith(key)
+        params = b'{"image": "", "upscaling_resize": 2, "upscaler_1": "Lanczos"}'
+        api.http.put(job["api_params_s3_upload_url"], content=params).raise_for_status()
+        shown = api.get_job(job["id"])
+        assert shown["taskType"] == "extra-single-image"
+        assert api.download(shown["params"]["input_body_presign_url"]) == params
+    unknown = {**body, "models": {"Upscaler": ["no such"]}}
+    assert api.request("POST", "/inferences", unknown).status_code == 404
 
 
 # Beside the seed: a job that nobody wants any more

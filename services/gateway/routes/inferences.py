@@ -41,6 +41,9 @@ from shared.objects import params_key
 NOT_CHECKPOINTS = {"VAE": ("Automatic", "None")}
 """Names that stand for a choice, not for a file."""
 
+PAINTING = ("txt2img", "img2img")
+"""What can't be done without a Stable-diffusion checkpoint."""
+
 Status = Literal["created", "inprogress", "succeed", "failed"]
 
 
@@ -105,7 +108,7 @@ async def create_inference(
         raise ApiError(
             400, "payload_string: PUT the params to api_params_s3_upload_url, then start the job"
         )
-    if data.task_type != "rembg" and not data.models.get("Stable-diffusion"):
+    if data.task_type in PAINTING and not data.models.get("Stable-diffusion"):
         raise ApiError(400, f'models: {data.task_type} needs {{"Stable-diffusion": ["NAME"]}}')
     models, checkpoints = await _resolve(gateway, person, data.models)
     ticket = await gateway.ticket(request, person)
