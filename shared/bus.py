@@ -235,7 +235,7 @@ async def _outlast_postgres(work: Callable[[], Awaitable[T]]) -> T:
 
 
 @contextlib.asynccontextmanager
-async def heartbeat(message: NatsMessage, *, every: float) -> AsyncIterator[None]:
+async def heartbeat(message: NatsMessage | Msg, *, every: float) -> AsyncIterator[None]:
     """Keeps a message ours while its work goes on, so that the wait for an ack can be short."""
 
     async def beat() -> None:

@@ -22,11 +22,17 @@ from safetensors.torch import save_file
 from transformers import CLIPTokenizer
 
 from deploy.demo_model import text_encoder, unet, vae
-from deploy.demo_model.ldm_layout import text_encoder_to_ldm, unet_to_ldm, vae_to_ldm
 from deploy.demo_model.shapes import random_scene, render_batch
 from deploy.demo_model.text_encoder import CaptionEncoder, train_text_encoder
 from deploy.demo_model.unet import UNetTraining, train_unet
 from deploy.demo_model.vae import build_vae, load_photos, standardize_latents, train_vae, warm_start
+from services.inference.worker.pipelines.models.families import SD1, TEXT_PREFIXES
+from services.inference.worker.pipelines.models.layouts import (
+    clip_sources,
+    to_original,
+    unet_sources,
+    vae_sources,
+)
 
 log = logging.getLogger("train")
 HERE = Path(__file__).parent
@@ -78,12 +84,13 @@ def export(
     and tensors alone do not tell the number of heads or the prediction type.
     """
     text_model = encoder.expand_vocabulary()
+    text, _ = TEXT_PREFIXES[SD1]
+    positions = torch.arange(text_encoder.CONFIG["max_position_embeddings"])[None]
     tensors = {
-        **unet_to_ldm(unet_model.state_dict(), unet.CONFIG),
-        **vae_to_ldm(vae_model.state_dict(), vae.CONFIG),
-        **text_encoder_to_ldm(
-            text_model.state_dict(), text_encoder.CONFIG["max_position_embeddings"]
-        ),
+        **to_original(unet_model.state_dict(), unet_sources(unet.CONFIG)),
+        **to_original(vae_model.state_dict(), vae_sources(vae.CONFIG)),
+        **to_original(text_model.state_dict(), clip_sources(text)),
+        f"{text}text_model.embeddings.position_ids": positions,
     }
     halved = {
         name: (tensor.half() if tensor.is_floating_point() else tensor).contiguous()

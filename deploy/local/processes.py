@@ -61,6 +61,13 @@ PASS_THROUGH = (
     "DARKROOM_DEFAULT_INSTANCE_TYPE",
     "DARKROOM_CACHE_BYTES",
     "DARKROOM_JOB_SECONDS",
+    "DARKROOM_JOBS_IN_HAND",
+    "DARKROOM_BATCH_ROWS",
+    "DARKROOM_PRECISION",
+    "DARKROOM_PREVIEW_SECONDS",
+    "DARKROOM_SAMPLES_FORMAT",
+    "DARKROOM_COMPILE",
+    "DARKROOM_COMPILE_MODE",
 )
 """What `settings.env` or the shell of `just up` may set for the services; the shell wins."""
 

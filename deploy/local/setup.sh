@@ -54,6 +54,11 @@ quietly .venv/install.log .venv/bin/python -m pip install \
     --disable-pip-version-check --progress-bar off \
     -c constraints.txt -e '.[gateway,service,worker,local,dev]'
 
+# spandrel asks for torchvision, whose wheels each fit one build of torch, and needs it for nothing
+# that is used here.
+quietly .venv/spandrel.log .venv/bin/python -m pip install \
+    --disable-pip-version-check --progress-bar off --no-deps -c constraints.txt spandrel
+
 echo "importing rembg once, which compiles what it needs: up to two minutes the first time"
 quietly .venv/warm-up.log .venv/bin/python -c 'import rembg'
 

@@ -15,6 +15,19 @@ BUILT_IN = {
 }
 
 
+HANDED_ON = (
+    "cache_bytes",
+    "job_seconds",
+    "jobs_in_hand",
+    "batch_rows",
+    "precision",
+    "preview_seconds",
+    "samples_format",
+    "compile",
+    "compile_mode",
+)
+
+
 class Settings(ServiceSettings, frozen=True, kw_only=True):
     """Workers get their own NATS user and S3 key (`worker_…`), never what this service has.
 
@@ -22,7 +35,7 @@ class Settings(ServiceSettings, frozen=True, kw_only=True):
     - `logs`: where workers write, `logs` beside `run` by default.
     - `worker_command`: `{python}` is this interpreter.
     - `worker_threads`: OMP_NUM_THREADS of a worker; 0 leaves it as it is here.
-    - `cache_bytes`, `job_seconds`: handed to the workers: size of the cache, time limit of a job.
+    - those in HANDED_ON: for the workers, which say what they mean and have the defaults.
     - `worker_ready_within`, `worker_stop_within`: seconds until a worker that is not ready, or not
       gone, is killed.
     - `instance_types`: JSON, or the path of a JSON file: `{"cpu": {"device": "cpu", "max": 4}}`.
@@ -42,8 +55,15 @@ class Settings(ServiceSettings, frozen=True, kw_only=True):
     worker_cache: str
     worker_command: str = "{python} -m services.inference.worker"
     worker_threads: int = 0
-    cache_bytes: int = 64 * 1024**3
-    job_seconds: float = 3600.0
+    cache_bytes: str = ""
+    job_seconds: str = ""
+    jobs_in_hand: str = ""
+    batch_rows: str = ""
+    precision: str = ""
+    preview_seconds: str = ""
+    samples_format: str = ""
+    compile: str = ""
+    compile_mode: str = ""
     worker_ready_within: float = 300.0
     worker_stop_within: float = 10.0
     instance_types: str = ""
@@ -71,13 +91,14 @@ class Settings(ServiceSettings, frozen=True, kw_only=True):
             "DARKROOM_S3_MODELS_BUCKET": self.s3_models_bucket,
             "DARKROOM_S3_JOBS_BUCKET": self.s3_jobs_bucket,
             "DARKROOM_CACHE": str(Path(self.worker_cache).absolute()),
-            "DARKROOM_CACHE_BYTES": str(self.cache_bytes),
-            "DARKROOM_JOB_SECONDS": str(self.job_seconds),
             "DARKROOM_HTTP_PORT": "0",
             "DARKROOM_LOG_LEVEL": self.log_level,
             # Idle threads that spin steal the cores of whatever else runs on this machine.
             "OMP_WAIT_POLICY": "PASSIVE",
         }
+        for name in HANDED_ON:
+            if value := getattr(self, name):
+                environment[f"DARKROOM_{name.upper()}"] = value
         if self.worker_threads:
             environment["OMP_NUM_THREADS"] = str(self.worker_threads)
         return environment

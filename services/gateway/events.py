@@ -22,12 +22,12 @@ from nats.js.api import ConsumerConfig, DeliverPolicy
 from nats.js.errors import NotFoundError
 
 from services.gateway.auth import Person
-from services.gateway.projections import FINISHED, Event, Projector, read
+from services.gateway.projections import Event, Projector, read
 from shared.contracts import envelope as cloud
 from shared.contracts.endpoints import Endpoint
 from shared.contracts.envelope import Envelope, State
 from shared.contracts.identity import Credential, Role, Token, User
-from shared.contracts.inference import Job, JobPreview, JobProgress
+from shared.contracts.inference import FINISHED, Job, JobPreview, JobProgress
 from shared.contracts.models import Checkpoint
 from shared.contracts.registry import payload
 from shared.contracts.subjects import EVENTS, job_events_subject

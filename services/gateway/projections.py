@@ -23,7 +23,7 @@ from shared.contracts import envelope as cloud
 from shared.contracts.endpoints import Endpoint
 from shared.contracts.envelope import Envelope, Message, Rejected, State
 from shared.contracts.identity import Credential, Role, Token, User
-from shared.contracts.inference import Job
+from shared.contracts.inference import FINISHED, Job
 from shared.contracts.models import Checkpoint
 from shared.contracts.registry import TYPES, payload
 from shared.contracts.subjects import EVENTS, aggregate_of
@@ -365,9 +365,6 @@ class Projector:
             return await asyncio.wait_for(ended, seconds)
         except TimeoutError:
             return None
-
-
-FINISHED = ("succeed", "failed")
 
 
 class Outcome(msgspec.Struct, frozen=True):

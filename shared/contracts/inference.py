@@ -12,6 +12,9 @@ from shared.contracts.models import Checkpoint
 
 OWNER = "inference"
 
+FINISHED = ("succeed", "failed")
+"""The statuses that a job ends with."""
+
 REJECTIONS = {
     "inference.not_found": "inference with id {job_id} not found",
     "inference.exists": "inference {job_id} was created before with other parameters",

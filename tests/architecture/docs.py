@@ -3,6 +3,7 @@
 - a relative link leads to a file that exists
 - `just NAME` names a recipe
 - a DARKROOM_… variable is read by some process
+- every field of a job's body is in services/inference/FIELDS.md
 - each service's card names the commands that it accepts, and each folder in a table exists
 """
 
@@ -18,10 +19,16 @@ from pathlib import Path
 import msgspec
 
 from deploy.local.processes import GATEWAYS, PASS_THROUGH
+from services.inference.worker.pipelines.params.control import ControlUnit
+from services.inference.worker.pipelines.params.cutting import CuttingParams
+from services.inference.worker.pipelines.params.enlarging import EnlargingParams
+from services.inference.worker.pipelines.params.painting import OverrideSettings, PaintingParams
 from shared.contracts.registry import TYPES, is_command
 from shared.settings import ObjectSettings
 
 ROOT = Path(__file__).resolve().parents[2]
+FIELDS = ROOT / "services" / "inference" / "FIELDS.md"
+PARAMS = (PaintingParams, OverrideSettings, ControlUnit, EnlargingParams, CuttingParams)
 SERVICES = ("gateway", "identity", "models", "endpoints", "inference")
 FOR_CLIENTS = {
     "DARKROOM_URL",
@@ -44,6 +51,7 @@ def problems() -> Iterator[str]:
         yield from (f"{name}: {problem}" for problem in _variables(text))
     yield from _folders((ROOT / "README.md").read_text())
     yield from _cards()
+    yield from _fields()
 
 
 def _documents() -> list[Path]:
@@ -111,6 +119,15 @@ def _cards() -> Iterator[str]:
             owner, action, _ = name.split(".")
             if owner == service and is_command(name) and action not in card:
                 yield f"services/{service}/__init__.py: the card leaves out {action}"
+
+
+def _fields() -> Iterator[str]:
+    """Every field that a body may have is in the table of fields."""
+    named = set(re.findall(r"`([\w.]+)`", FIELDS.read_text()))
+    for struct in PARAMS:
+        for field in msgspec.structs.fields(struct):
+            if field.name not in named and field.name != "units":
+                yield f"{FIELDS.relative_to(ROOT)}: {struct.__name__}.{field.name} is left out"
 
 
 def main() -> int:

@@ -48,6 +48,7 @@ class Bus:
         self.objects = Objects(self.object_settings("admin"))
         self.events: list[tuple[Envelope, Message]] = []
         self.progress: list[inference.JobProgress] = []
+        self.previews: list[inference.JobPreview] = []
         self.instances: list[endpoints.ReportInstance] = []
         self.processes: list[subprocess.Popen[bytes]] = []
         self.port = 0
@@ -133,6 +134,9 @@ class Bus:
 
     async def _on_progress(self, message: Any) -> None:
         report = payload(cloud.decode(message.data))
+        if isinstance(report, inference.JobPreview):
+            self.previews.append(report)
+            return
         assert isinstance(report, inference.JobProgress)
         self.progress.append(report)
 

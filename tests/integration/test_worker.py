@@ -123,7 +123,7 @@ async def test_a_job_is_fetched_run_uploaded_and_reported(bus: Bus, pool: Pool) 
     assert done.image_names == ["image_0.png", "image_1.png"]
     assert done.info_name == f"{job_id}_param.json"
     assert done.warnings == ["a warning"]
-    assert list(done.seconds) == ["fetch", "render", "upload"]
+    assert list(done.seconds) == ["fetch", "line", "render", "upload"]
     assert len(await bus.keys(job_id)) == 4
     stored = await bus.objects.client.get_object(
         Bucket=JOBS_BUCKET, Key=f"out/{job_id}/result/{job_id}_param.json"
@@ -205,8 +205,20 @@ async def test_heartbeats_go_on_while_the_engine_is_deaf(bus: Bus, pool: Pool) -
 
 async def test_a_job_that_hangs_is_ended(pool: Pool) -> None:
     await pool.start(job_seconds=1)
-    failed = await pool.run({"deaf_seconds": 600})
+    failed = await pool.run({"deaf_seconds": 600}, seconds=60)
     assert failed.reason == "the engine died 3 times on this job: no result within 1 s"
+
+
+async def test_a_job_that_takes_too_long_is_stopped_and_not_tried_again(
+    pool: Pool, tmp_path: Path
+) -> None:
+    worker = await pool.start(job_seconds=1)
+    engine = engine_of(worker)
+    counter = tmp_path / "attempts"
+    failed = await pool.run({"seconds": 60, "steps": 600, "counter": str(counter)}, seconds=10)
+    assert (failed.reason, failed.attempt) == ("it took longer than 1 s", 1)
+    assert len(counter.read_text().splitlines()) == 1
+    assert engine.is_running(), "the others that run on it are not disturbed"
 
 
 async def test_what_can_not_be_done_fails_with_its_reason_at_once(bus: Bus, pool: Pool) -> None:
@@ -224,6 +236,106 @@ async def test_what_can_not_be_done_fails_with_its_reason_at_once(bus: Bus, pool
     job_id = await bus.run_job(pool.endpoint, b"{}", checkpoint)
     broken = await bus.end_of(job_id, seconds=5)
     assert "has 3 bytes in the store, 7 were registered" in (broken.reason or "")
+
+
+async def test_a_cancelled_job_ends_within_a_step_and_the_next_one_runs(
+    bus: Bus, pool: Pool
+) -> None:
+    worker = await pool.start()
+    engine = engine_of(worker)
+    job_id = await pool.begin({"seconds": 60, "steps": 600})
+    await until(lambda: pool.steps_of(job_id), seconds=10)
+    await bus.send(inference.CancelJob(job_id=job_id, username="alice"))
+    cancelled = await bus.wait(inference.JobCancelled, lambda job, _: job.job_id == job_id)
+    assert cancelled.status == "failed"
+    began = time.monotonic()
+    assert (await pool.run({}, seconds=10)).status == "succeed"
+    assert time.monotonic() - began < 3, "nobody waits for a job that nobody wants"
+    assert engine.is_running()
+    assert await bus.waiting(pool.endpoint.endpoint_id) == 0
+
+
+async def test_a_job_that_is_cancelled_while_it_waits_never_runs(
+    bus: Bus, pool: Pool, tmp_path: Path
+) -> None:
+    """In the queue, and in the hand of a worker that has begun another one."""
+    counter = tmp_path / "attempts"
+    queued = await pool.begin({"counter": str(counter)})
+    await bus.send(inference.CancelJob(job_id=queued, username="alice"))
+    await bus.wait(inference.JobCancelled, lambda job, _: job.job_id == queued)
+    await pool.start()
+    first = await pool.begin({"seconds": 3, "steps": 30})
+    await until(lambda: pool.steps_of(first), seconds=10)
+    held = await pool.begin({"counter": str(counter)})
+    await asyncio.sleep(1)
+    await bus.send(inference.CancelJob(job_id=held, username="alice"))
+    assert (await bus.end_of(first)).status == "succeed"
+    assert (await pool.run({})).status == "succeed"
+    assert not counter.exists()
+    assert await bus.waiting(pool.endpoint.endpoint_id) == 0
+
+
+async def test_a_deaf_engine_is_killed_when_its_job_is_cancelled(bus: Bus, pool: Pool) -> None:
+    await pool.start()
+    job_id = await pool.begin({"deaf_seconds": 600})
+    await pool.taken(job_id)
+    await bus.send(inference.CancelJob(job_id=job_id, username="alice"))
+    assert (await pool.run({}, seconds=30)).status == "succeed"
+    assert await bus.waiting(pool.endpoint.endpoint_id) == 0
+
+
+async def test_a_job_that_kills_the_engine_costs_its_neighbours_a_repetition_at_most(
+    bus: Bus, pool: Pool, tmp_path: Path
+) -> None:
+    """Who ran beside it is tried again alone, and who waited has lost no attempt."""
+    await pool.start()
+    together, waiting = tmp_path / "together", tmp_path / "waiting"
+    slow = {"seconds": 4, "steps": 40, "slow": 1, "group": "a", "counter": str(together)}
+    neighbour = await pool.begin(slow)
+    await until(lambda: pool.steps_of(neighbour), seconds=10)
+    poison = await pool.begin({"crashes": 9, "counter": str(tmp_path / "poison"), "group": "a"})
+    waits = await pool.begin({"counter": str(waiting), "group": "b"})
+    assert (await bus.end_of(poison, seconds=60)).status == "failed"
+    done = await bus.end_of(neighbour)
+    assert (done.status, done.attempt) == ("succeed", 2)
+    assert [line.split()[1] for line in together.read_text().splitlines()] == ["together", "alone"]
+    done = await bus.end_of(waits)
+    assert (done.status, done.attempt) == ("succeed", 1)
+
+
+async def test_jobs_that_fit_run_side_by_side(bus: Bus, pool: Pool) -> None:
+    await pool.start()
+    first = await pool.begin({"seconds": 2, "steps": 20, "group": "a"})
+    await until(lambda: pool.steps_of(first), seconds=10)
+    others = [await pool.begin({"seconds": 1, "steps": 10, "group": "a"}) for _ in range(3)]
+    for job_id in others:
+        assert (await bus.end_of(job_id)).status == "succeed"
+    assert not bus.of(first, inference.JobSucceeded), "they did not wait for its end"
+    assert (await bus.end_of(first)).status == "succeed"
+
+
+async def test_a_job_in_hand_goes_to_a_worker_that_has_nothing_to_do(bus: Bus, pool: Pool) -> None:
+    await pool.start()
+    first = await pool.begin({"seconds": 20, "steps": 200})
+    await until(lambda: pool.steps_of(first), seconds=10)
+    second = await pool.begin({})
+    await asyncio.sleep(1)
+    assert await bus.waiting(pool.endpoint.endpoint_id) == 2
+    await pool.start()
+    done = await bus.end_of(second, seconds=10)
+    assert (done.status, done.attempt) == ("succeed", 1)
+    assert not bus.of(first, inference.JobSucceeded)
+
+
+async def test_previews_are_told_on_the_way(bus: Bus, pool: Pool) -> None:
+    await pool.start()
+    job_id = await pool.begin({"seconds": 1, "steps": 5, "preview": True})
+    await bus.end_of(job_id)
+    previews = [preview for preview in bus.previews if preview.job_id == job_id]
+    assert [(preview.step, preview.attempt) for preview in previews] == [
+        (n, 1) for n in range(1, 6)
+    ]
+    assert previews[0].media_type == "image/png"
 
 
 async def test_a_stopped_worker_gives_its_job_to_another(

@@ -9,9 +9,9 @@ from litestar.response import Stream
 
 from services.gateway import compat
 from services.gateway.errors import ApiError
-from services.gateway.projections import FINISHED
 from services.gateway.routes.answers import READ, READ_ONE
 from services.gateway.state import Gateway
+from shared.contracts.inference import FINISHED
 
 
 def _last_event_id(request: Request[Any, Any, Any]) -> int | None:

@@ -9,7 +9,6 @@ from services.gateway import compat
 from services.gateway.auth import Person
 from services.gateway.dispatch import Ticket
 from services.gateway.errors import ApiError
-from services.gateway.projections import FINISHED
 from services.gateway.routes.answers import READ, READ_ONE, WRITE, WRITE_ONE
 from services.gateway.schemas import (
     Answer,
@@ -28,6 +27,7 @@ from services.gateway.state import Gateway, check_page
 from services.gateway.views import job_view, models_view, output_path
 from shared.contracts.endpoints import SERVING
 from shared.contracts.inference import (
+    FINISHED,
     CancelJob,
     CreateJob,
     DeleteJobs,

@@ -16,7 +16,8 @@ from nats.js.errors import NotFoundError
 
 from services.inference.worker.cache import ModelCache
 from services.inference.worker.engine import EngineDied, EngineProcess
-from services.inference.worker.job import Jobs
+from services.inference.worker.hand import Hand
+from services.inference.worker.job import Tools
 from services.inference.worker.reports import Reports
 from services.inference.worker.settings import Settings
 from shared import logs
@@ -48,7 +49,9 @@ class Worker:
         self._objects = Objects(object_settings)
         cache = Path(settings.cache).absolute()
         self._cache = ModelCache(self._objects, cache, settings.cache_bytes)
-        self._engine = EngineProcess(settings.engine, settings.device, cache)
+        self._engine = EngineProcess(
+            settings.engine, settings.device, cache, settings.engine_options
+        )
         self._checks: dict[str, Check] = {"starting": _starting}
 
     def run(self) -> int:
@@ -81,19 +84,30 @@ class Worker:
         reports = Reports(self._settings, client, js)
         if death := starting.result():
             return await self._give_up(death, reports, broker)
-        jobs = Jobs(self._settings, reports, self._objects, self._cache, self._engine)
-        self._pull(broker, jobs)
+        hand = Hand(
+            Tools(
+                self._settings,
+                client,
+                js,
+                reports,
+                self._objects,
+                self._cache,
+                self._engine,
+                {},
+            )
+        )
+        self._pull(broker, hand)
         await broker.start()
         self._set_checks(client, js)
         watching = asyncio.create_task(self._watch(client, js, reports))
         log.info("ready", endpoint_id=self._settings.endpoint_id, device=self._settings.device)
-        ends: list[asyncio.Future[Any]] = [stopped, watching, jobs.broken]
+        ends: list[asyncio.Future[Any]] = [stopped, watching, hand.broken]
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         log.info("stopping")
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(reports.instance("stopping"), 1)
-        await jobs.stop()
-        for task in (watching, jobs.broken):
+        await hand.stop()
+        for task in (watching, hand.broken):
             if task.done() and (error := task.exception()):
                 return await self._give_up(error, reports, broker)
         watching.cancel()
@@ -119,7 +133,7 @@ class Worker:
         js = broker.config.connection_state.connection.jetstream()
         await wait_for_consumer(js, JOBS, self._durable)
 
-    def _pull(self, broker: NatsBroker, jobs: Jobs) -> None:
+    def _pull(self, broker: NatsBroker, hand: Hand) -> None:
         broker.subscriber(
             subject=self._durable,
             durable=self._durable,
@@ -129,7 +143,7 @@ class Worker:
             inbox_prefix=f"_INBOX_{self._settings.nats_user}.".encode(),
             ack_policy=AckPolicy.MANUAL,
             decoder=_as_it_is,
-        )(jobs.receive)
+        )(hand.receive)
 
     async def _watch(self, client: Any, js: JetStreamContext, reports: Reports) -> None:
         """Says again that this worker is ready when the bus was away. Raises EndpointGone when

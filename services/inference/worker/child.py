@@ -1,7 +1,8 @@
-"""The engine process: `python -m services.inference.worker.child MODULE:CLASS DEVICE CACHE PARENT`.
+"""The engine process: `python -m services.inference.worker.child MODULE:CLASS DEVICE CACHE PARENT
+OPTIONS`, the options as JSON.
 
-Reads jobs from stdin, writes progress and results to stdout, one job at a time. It dies with the
-worker that started it, even in the middle of a long C call.
+Reads requests from stdin, writes progress and results to stdout. It dies with the worker that
+started it, even in the middle of a long C call.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ import queue
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
 import msgspec
 
 from services.inference.worker import frames
+from services.inference.worker.pipelines import Listener, Result
+from services.inference.worker.settings import EngineOptions
 from shared import logs
 from shared.contracts.inference import RunJob
 
@@ -29,28 +32,37 @@ log = logs.get_logger(__name__)
 PR_SET_PDEATHSIG = 1
 
 
-class Result(Protocol):
-    images: list[bytes]
-    param_json: bytes
-    seconds: dict[str, float]
-    warnings: list[str]
-
-
 class Engine(Protocol):
-    def run(
+    """See `pipelines.engine.Engine`."""
+
+    @property
+    def idle(self) -> bool: ...
+
+    def submit(
         self,
         job: RunJob,
         params: bytes,
-        files: dict[str, Path],
-        progress: Callable[[int, int], None],
-    ) -> Result: ...
+        files: Mapping[str, Path],
+        *,
+        alone: bool,
+        may_go: bool,
+    ) -> None: ...
+
+    def go(self, job_id: str) -> None: ...
+
+    def cancel(self, job_id: str) -> None: ...
+
+    def recall(self, job_id: str) -> None: ...
+
+    def advance(self) -> None: ...
 
 
-Request = tuple[frames.Run, bytes]
+Request = tuple[frames.Request, list[bytes]] | None
+"""None: the engine has something to do without being asked."""
 
 
 def main() -> None:
-    path, device, cache, parent = sys.argv[1:]
+    path, device, cache, parent, options = sys.argv[1:]
     _die_with(int(parent))
     inbox, outbox = _take_pipes()
     logs.configure("engine")
@@ -59,43 +71,78 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)  # the worker decides when a job has had its time
     requests: queue.SimpleQueue[Request] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(inbox, requests), daemon=True).start()
+    speaker = Speaker(outbox, lambda: requests.put(None))
     try:
         module, _, name = path.partition(":")
-        loaded = importlib.import_module(module)
-        unfit: type[Exception] = loaded.JobFailure
-        engine: Engine = getattr(loaded, name)(device, Path(cache))
-        _write(outbox, frames.Ready())
+        make: Callable[..., Engine] = getattr(importlib.import_module(module), name)
+        told = msgspec.json.decode(options, type=EngineOptions)
+        engine = make(device, Path(cache), speaker, told)
+        speaker.write(frames.Ready())
         while True:
-            _serve(engine, unfit, *requests.get(), outbox)
+            _serve(engine, requests)
+            engine.advance()
     except Exception as error:
         log.exception("engine_broken")
-        _write(outbox, frames.Broken(f"{type(error).__name__}: {error}"))
+        speaker.write(frames.Broken(f"{type(error).__name__}: {error}"))
         sys.stderr.flush()
         os._exit(1)  # no farewell: threads of torch may hang
 
 
-def _serve(
-    engine: Engine, unfit: type[Exception], run: frames.Run, params: bytes, outbox: BinaryIO
-) -> None:
-    logs.bind(run.correlation_id, job_id=run.job.job_id)
-    files = {name: Path(path) for name, path in run.files.items()}
+def _serve(engine: Engine, requests: queue.SimpleQueue[Request]) -> None:
+    """Takes what has been asked for; waits for it if the engine has nothing else to do."""
+    while True:
+        try:
+            request = requests.get(block=engine.idle)
+        except queue.Empty:
+            return
+        match request:
+            case (frames.Run() as run, [params]):
+                files = {name: Path(path) for name, path in run.files.items()}
+                engine.submit(run.job, params, files, alone=run.alone, may_go=run.may_go)
+            case (frames.Go(job_id), _):
+                engine.go(job_id)
+            case (frames.Cancel(job_id), _):
+                engine.cancel(job_id)
+            case (frames.Recall(job_id), _):
+                engine.recall(job_id)
+            case _:
+                return
 
-    def progress(step: int, steps: int) -> None:
-        _write(outbox, frames.Step(step, steps))
 
-    try:
-        result = engine.run(run.job, params, files, progress)
-    except unfit as failure:
-        _write(outbox, frames.Unfit(str(failure)))
-        return
-    done = frames.Done(result.seconds, result.warnings)
-    _write(outbox, done, [result.param_json, *result.images])
+class Speaker(Listener):
+    """Says to the worker what the engine says of its jobs."""
 
+    def __init__(self, outbox: BinaryIO, wake: Callable[[], None]) -> None:
+        self._outbox = outbox
+        self._wake = wake
 
-def _write(outbox: BinaryIO, head: msgspec.Struct, parts: list[bytes] | None = None) -> None:
-    for piece in frames.pack(head, parts or []):
-        outbox.write(piece)
-    outbox.flush()
+    def wake(self) -> None:
+        self._wake()
+
+    def begun(self, job_id: str) -> None:
+        self.write(frames.Begun(job_id))
+
+    def step(self, job_id: str, step: int, steps: int) -> None:
+        self.write(frames.Step(job_id, step, steps))
+
+    def preview(self, job_id: str, media_type: str, picture: bytes) -> None:
+        self.write(frames.Preview(job_id, media_type), [picture])
+
+    def done(self, job_id: str, result: Result) -> None:
+        images = [frames.Image(image.name, image.media_type) for image in result.images]
+        done = frames.Done(job_id, images, result.seconds, result.warnings)
+        self.write(done, [result.param_json, *(image.data for image in result.images)])
+
+    def unfit(self, job_id: str, reason: str) -> None:
+        self.write(frames.Unfit(job_id, reason))
+
+    def gone(self, job_id: str) -> None:
+        self.write(frames.Gone(job_id))
+
+    def write(self, head: msgspec.Struct, parts: list[bytes] | None = None) -> None:
+        for piece in frames.pack(head, parts or []):
+            self._outbox.write(piece)
+        self._outbox.flush()
 
 
 def _read(inbox: BinaryIO, requests: queue.SimpleQueue[Request]) -> None:
@@ -104,8 +151,8 @@ def _read(inbox: BinaryIO, requests: queue.SimpleQueue[Request]) -> None:
         while True:
             (count,) = frames.COUNT.unpack(_exactly(inbox, frames.COUNT.size))
             table = _exactly(inbox, frames.LENGTH.size * count)
-            head, params = (_exactly(inbox, length) for length in frames.part_lengths(table))
-            requests.put((frames.decode_run(head), params))
+            head, *parts = (_exactly(inbox, length) for length in frames.part_lengths(table))
+            requests.put((frames.decode_request.decode(head), parts))
     except EOFError:
         os._exit(0)
     except Exception:

@@ -1,7 +1,8 @@
 """What the worker and its engine process say to each other over two pipes.
 
 A frame is a number of parts, their lengths, then the parts: a JSON head, and bytes that it speaks
-of (params, images). Nothing is pickled: params come from outside.
+of (params, images). Nothing is pickled: params come from outside. Frames of several jobs mix: each
+names its job.
 """
 
 from __future__ import annotations
@@ -16,27 +17,71 @@ from shared.contracts.inference import RunJob
 MOST_BYTES = 2 * 1024**3
 """A longer frame is a broken one."""
 
+# To the engine
+
 
 class Run(msgspec.Struct, frozen=True, tag=True):
-    """To the engine. `files`: name or checkpoint id -> path. Part: the params."""
+    """`files`: name or checkpoint id -> path. `alone`: nothing may run beside it. `may_go`: it may
+    be begun without asking. Part: the params."""
 
     job: RunJob
     files: dict[str, str]
-    correlation_id: str | None
+    alone: bool
+    may_go: bool
+
+
+class Go(msgspec.Struct, frozen=True, tag=True):
+    """What said that it is about to be begun may begin."""
+
+    job_id: str
+
+
+class Cancel(msgspec.Struct, frozen=True, tag=True):
+    job_id: str
+
+
+class Recall(msgspec.Struct, frozen=True, tag=True):
+    """Take it out of the line, if it has not been begun."""
+
+    job_id: str
+
+
+# From the engine
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
     """The engine is loaded."""
 
 
+class Begun(msgspec.Struct, frozen=True, tag=True):
+    """It is its turn; it waits for Go."""
+
+    job_id: str
+
+
 class Step(msgspec.Struct, frozen=True, tag=True):
+    job_id: str
     step: int
     steps: int
 
 
-class Done(msgspec.Struct, frozen=True, tag=True):
-    """Parts: the param JSON, then the images as PNG."""
+class Preview(msgspec.Struct, frozen=True, tag=True):
+    """Part: the picture."""
 
+    job_id: str
+    media_type: str
+
+
+class Image(msgspec.Struct, frozen=True):
+    name: str
+    media_type: str
+
+
+class Done(msgspec.Struct, frozen=True, tag=True):
+    """Parts: the param JSON, then the images."""
+
+    job_id: str
+    images: list[Image]
     seconds: dict[str, float]
     warnings: list[str]
 
@@ -44,7 +89,14 @@ class Done(msgspec.Struct, frozen=True, tag=True):
 class Unfit(msgspec.Struct, frozen=True, tag=True):
     """The job can't be done by any engine; `reason` is for its owner."""
 
+    job_id: str
     reason: str
+
+
+class Gone(msgspec.Struct, frozen=True, tag=True):
+    """It was cancelled or recalled."""
+
+    job_id: str
 
 
 class Broken(msgspec.Struct, frozen=True, tag=True):
@@ -53,10 +105,12 @@ class Broken(msgspec.Struct, frozen=True, tag=True):
     cause: str
 
 
-Answer = Ready | Step | Done | Unfit | Broken
+Request = Run | Go | Cancel | Recall
+JobAnswer = Begun | Step | Preview | Done | Unfit | Gone
+Answer = Ready | Broken | JobAnswer
 
 encode = msgspec.json.Encoder().encode
-decode_run = msgspec.json.Decoder(Run).decode
+decode_request: msgspec.json.Decoder[Request] = msgspec.json.Decoder(Request)
 decode_answer: msgspec.json.Decoder[Answer] = msgspec.json.Decoder(Answer)
 
 COUNT = struct.Struct(">I")

@@ -1,233 +1,300 @@
-"""One job from the queue to its report: fetch, run, upload, report, and only then ack.
+"""One job from the queue to its report: look, fetch, run, upload, report, and only then ack.
 
 what happens                              what becomes of the job
 a result                                  succeeded
-JobFailure                                failed, with that reason
-the engine dies or hangs, a bug           the next attempt, here or elsewhere
+JobFailure, or it takes too long          failed, with that reason
+the engine dies or hangs, a bug           the next attempt, here or elsewhere, and alone
 … for the third time                      failed, with the last cause
 this worker dies                          the bus misses its heartbeat: the next attempt
 this worker is told to stop               the next attempt
+cancelled, deleted, its endpoint ended    the engine lets go of it; the ledger has ended it already
+
+Only what was begun is an attempt: a job that waited beside one that killed the engine has lost
+nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
+from collections.abc import AsyncIterator
 from typing import Any
 
 import msgspec
-from faststream.nats import NatsMessage
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.js import JetStreamContext
+from nats.js.errors import NotFoundError
 
 from services.inference.worker.cache import ModelCache
-from services.inference.worker.engine import EngineDied, EngineProcess, JobFailure, Result
+from services.inference.worker.engine import (
+    EngineDied,
+    EngineProcess,
+    Following,
+    JobFailure,
+    JobGone,
+    Result,
+)
 from services.inference.worker.fetching import get_params, put
-from services.inference.worker.reports import Report, Reports
+from services.inference.worker.reports import Progress, Report, Reports
 from services.inference.worker.settings import Settings
 from shared import logs
 from shared.bus import heartbeat
 from shared.contracts import envelope as cloud
 from shared.contracts.envelope import Envelope
 from shared.contracts.inference import (
+    FINISHED,
+    Job,
     ReportJobFailed,
     ReportJobStarted,
     ReportJobSucceeded,
     RunJob,
 )
 from shared.contracts.registry import payload
-from shared.contracts.subjects import JOB_HEARTBEAT
+from shared.contracts.subjects import EVENTS, JOB_HEARTBEAT, job_events_subject
 from shared.objects import Objects
 
 log = logs.get_logger(__name__)
 
 MAX_ATTEMPTS = 3
 MAX_PARAMS = 64 * 1024**2
-GRACE = 5.0
-"""Seconds that the running job has to finish when the worker is told to stop."""
 PAUSE = 0.5
 """Seconds before a job that took the engine with it is delivered again."""
-REMEMBERED = 64
+LOOK_EVERY = 10.0
+"""Seconds after which a job's fate is looked up again, should its event have been missed."""
 
 
-class Delivery(msgspec.Struct, frozen=True):
-    """One delivery of one job. `attempt` counts deliveries, from 1."""
+class Tools(msgspec.Struct, frozen=True):
+    """What all jobs of a worker share. `causes`: why the last attempt at a job failed here."""
 
-    message: NatsMessage
-    envelope: Envelope
-    job: RunJob
-    attempt: int
+    settings: Settings
+    client: Client
+    js: JetStreamContext
+    reports: Reports
+    objects: Objects
+    cache: ModelCache
+    engine: EngineProcess
+    causes: dict[str, str]
 
 
-class Jobs:
-    """Does one job at a time. `broken` ends with the error that makes this worker useless."""
+class HeldJob:
+    """One delivery of one job, in hand. `begun`: the engine works on it, or has done so.
+    `unwanted`: the ledger has ended the job."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        reports: Reports,
-        objects: Objects,
-        cache: ModelCache,
-        engine: EngineProcess,
-    ) -> None:
-        self._settings = settings
-        self._reports = reports
-        self._objects = objects
-        self._cache = cache
-        self._engine = engine
-        self._current: asyncio.Task[None] | None = None
-        self._stopping = False
-        self._finished: dict[str, None] = {}
-        self._causes: dict[str, str] = {}
-        self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    def __init__(self, tools: Tools, message: Msg, envelope: Envelope, job: RunJob) -> None:
+        self.tools = tools
+        self._message = message
+        self._envelope = envelope
+        self.job = job
+        self.begun = False
+        self.attempt = 0
+        self._given_back = False
+        self.unwanted = asyncio.Event()
 
-    async def receive(self, message: NatsMessage) -> None:
-        if self._stopping:
-            await message.nack()
-            return
-        self._current = asyncio.create_task(self._handle(message))
-        await asyncio.wait({self._current})
-        error = None if self._current.cancelled() else self._current.exception()
-        if error is not None and not self.broken.done():
-            self.broken.set_exception(error)
-
-    async def stop(self) -> None:
-        """Takes no more jobs; gives the one in hand some time, then back to the queue."""
-        self._stopping = True
-        if self._current and not self._current.done():
-            await asyncio.wait({self._current}, timeout=GRACE)
-            self._current.cancel()
-            await asyncio.wait({self._current})
-
-    async def _handle(self, message: NatsMessage) -> None:
-        raw = message.raw_message
-        try:
-            envelope = cloud.decode(raw.data)
-            job = payload(envelope)
-            if not isinstance(job, RunJob):
-                raise KeyError(envelope.type)
-        except (msgspec.MsgspecError, KeyError) as error:
-            log.error("no_job", error=repr(error))
-            await message.reject()
-            return
-        attempt = raw.metadata.num_delivered
-        logs.bind(envelope.correlation_id, job_id=job.job_id, attempt=attempt)
-        await self._deliver(Delivery(message, envelope, job, attempt))
-        if not self._engine.alive:
-            await self._engine.start()
-
-    async def _deliver(self, delivery: Delivery) -> None:
+    async def work(self) -> None:
+        """Returns when nobody needs to do anything for this delivery any more. Cancelled, the job
+        goes back to the queue."""
+        logs.bind(self._envelope.correlation_id, job_id=self.job.job_id)
         again = False
         try:
-            async with heartbeat(delivery.message, every=JOB_HEARTBEAT):
-                again = not await self._finish(delivery)
+            async with heartbeat(self._message, every=JOB_HEARTBEAT), self._fate():
+                again = not await self._finish()
                 if not again:
-                    _remember(self._finished, delivery.job.job_id, None)
-                    await _ack(delivery.message)
+                    await self._ack()
         except asyncio.CancelledError:
-            await delivery.message.nack()
+            await self._message.nak()
             raise
         if again:
-            await delivery.message.nack(delay=PAUSE)
+            await self._message.nak(delay=0 if self._given_back else PAUSE)
 
-    async def _finish(self, delivery: Delivery) -> bool:
+    async def give_back(self) -> None:
+        """To the queue, for a worker that has nothing to do; unless it has been begun."""
+        self._given_back = True
+        await self.tools.engine.recall(self.job.job_id)
+
+    @contextlib.asynccontextmanager
+    async def _fate(self) -> AsyncIterator[None]:
+        """Hears of the end that others make to the job, and of the attempts before this one."""
+
+        async def on_event(message: Msg) -> None:
+            await self._consider(message.data)
+
+        subject = job_events_subject(self.job.job_id)
+        subscription = await self.tools.client.subscribe(subject, cb=on_event)
+        looking = asyncio.create_task(self._look_again(subject))
+        try:
+            await self._look(subject)
+            yield
+        finally:
+            looking.cancel()
+            with contextlib.suppress(Exception):
+                await subscription.unsubscribe()
+
+    async def _look_again(self, subject: str) -> None:
+        while True:
+            await asyncio.sleep(LOOK_EVERY)
+            await self._look(subject)
+
+    async def _look(self, subject: str) -> None:
+        """At the last event there is. A bus that does not answer has nothing new to say."""
+        try:
+            last = await self.tools.js.get_last_msg(EVENTS, subject, direct=True)
+        except NotFoundError:
+            return
+        except Exception as error:
+            log.warning("fate_unknown", error=repr(error))
+            return
+        await self._consider(last.data or b"")
+
+    async def _consider(self, data: bytes) -> None:
+        try:
+            job = payload(cloud.decode(data))
+        except (msgspec.MsgspecError, KeyError):
+            return
+        if not isinstance(job, Job):
+            return
+        self.attempt = max(self.attempt, job.attempt)
+        if (job.deleted or job.status in FINISHED) and not self.unwanted.is_set():
+            log.info("job_unwanted", status=job.status, cancelled=job.cancelled)
+            self.unwanted.set()
+            await self.tools.engine.cancel(self.job.job_id)
+
+    async def _finish(self) -> bool:
         """True when the job needs no other attempt, and its end is reported."""
-        job = delivery.job
-        if job.job_id in self._finished:
-            return True  # delivered again before the ack arrived
-        if delivery.attempt > MAX_ATTEMPTS:
-            cause = self._causes.get(job.job_id, "the worker itself was ended")
-            await self._fail(delivery, _last_words(cause))
+        if self.unwanted.is_set():
+            return True
+        if self.attempt >= MAX_ATTEMPTS:
+            cause = self.tools.causes.get(self.job.job_id, "the worker itself was ended")
+            await self._fail(_last_words(cause))
             return True
         try:
-            await self._attempt(delivery)
+            await self._attempt()
             return True
+        except JobGone:
+            return self.unwanted.is_set()  # else given back
         except JobFailure as failure:
-            await self._fail(delivery, str(failure))
+            await self._fail(str(failure))
             return True
         except EngineDied as death:
             cause = str(death)
         except Exception as error:
             log.exception("job_interrupted")
             cause = f"{type(error).__name__}: {error}"
-        _remember(self._causes, job.job_id, cause)
-        if delivery.attempt < MAX_ATTEMPTS:
+        if self.unwanted.is_set():
+            return True
+        if not self.begun:
             return False
-        await self._fail(delivery, _last_words(cause))
+        self.tools.causes[self.job.job_id] = cause
+        if self.attempt < MAX_ATTEMPTS:
+            return False
+        await self._fail(_last_words(cause))
         return True
 
-    async def _attempt(self, delivery: Delivery) -> None:
-        job, began = delivery.job, time.monotonic()
-        await self._report(delivery, ReportJobStarted(**self._about(delivery)))
-        params = await get_params(self._objects, job.bucket, job.params_key, most=MAX_PARAMS)
-        progress = self._reports.progress(job.job_id, delivery.attempt, delivery.envelope)
-        async with self._cache.hold(job.models) as files:
+    async def _attempt(self) -> None:
+        tools, job, came = self.tools, self.job, time.monotonic()
+        params = await get_params(tools.objects, job.bucket, job.params_key, most=MAX_PARAMS)
+        async with tools.cache.hold(job.models) as files:
+            if self._given_back or self.unwanted.is_set():
+                raise JobGone(job.job_id)
             fetched = time.monotonic()
-            result = await self._engine.run(
+            following = _Reporting(self)
+            result = await tools.engine.run(
                 job,
                 params,
                 files,
-                progress.on_step,
-                seconds=self._settings.job_seconds,
-                correlation_id=delivery.envelope.correlation_id,
+                following,
+                seconds=tools.settings.job_seconds,
+                alone=self.attempt > 0,
             )
         rendered = time.monotonic()
-        image_names, info_name = await self._upload(job, result)
+        image_names, info_name = await self._upload(result)
         uploaded = time.monotonic()
         report = ReportJobSucceeded(
-            **self._about(delivery),
+            **self.about(),
             image_names=image_names,
             info_name=info_name,
             seconds={
-                "fetch": round(fetched - began, 3),
+                "fetch": round(fetched - came, 3),
+                "line": round(following.began - fetched, 3),
                 **result.seconds,
                 "upload": round(uploaded - rendered, 3),
             },
             warnings=result.warnings,
         )
-        await self._report(delivery, report)
-        log.info("job_done", images=len(image_names), seconds=round(uploaded - began, 3))
+        await self.report(report)
+        log.info("job_done", images=len(image_names), seconds=round(uploaded - came, 3))
 
-    async def _upload(self, job: RunJob, result: Result) -> tuple[list[str], str]:
+    async def _upload(self, result: Result) -> tuple[list[str], str]:
         """The keys follow from the job's id: a second attempt writes over the first."""
-        names = [f"image_{number}.png" for number in range(len(result.images))]
-        for name, image in zip(names, result.images, strict=True):
-            await put(self._objects, job.bucket, job.result_prefix + name, image, "image/png")
+        objects, job = self.tools.objects, self.job
         info = f"{job.job_id}_param.json"
-        key = job.result_prefix + info
-        await put(self._objects, job.bucket, key, result.param_json, "application/json")
-        return names, info
+        async with asyncio.TaskGroup() as group:
+            for image in result.images:
+                key = job.result_prefix + image.name
+                group.create_task(put(objects, job.bucket, key, image.data, image.media_type))
+            key = job.result_prefix + info
+            group.create_task(put(objects, job.bucket, key, result.param_json, "application/json"))
+        return [image.name for image in result.images], info
 
-    async def _fail(self, delivery: Delivery, reason: str) -> None:
+    async def _fail(self, reason: str) -> None:
         log.info("job_failed")  # the reason may quote the params
-        report = ReportJobFailed(**self._about(delivery), reason=reason[:2000])
-        await self._report(delivery, report)
+        await self.report(ReportJobFailed(**self.about(), reason=reason[:2000]))
 
-    async def _report(self, delivery: Delivery, report: Report) -> None:
-        await self._reports.job(report, delivery.envelope)
+    async def report(self, report: Report) -> None:
+        await self.tools.reports.job(report, self._envelope)
 
-    def _about(self, delivery: Delivery) -> dict[str, Any]:
+    def progress(self) -> Progress:
+        return self.tools.reports.progress(self.job.job_id, self.attempt, self._envelope)
+
+    def about(self) -> dict[str, Any]:
         return {
-            "job_id": delivery.job.job_id,
-            "instance_id": self._settings.instance_id,
-            "attempt": delivery.attempt,
+            "job_id": self.job.job_id,
+            "instance_id": self.tools.settings.instance_id,
+            "attempt": self.attempt,
         }
+
+    async def _ack(self) -> None:
+        """If the bus does not hear it, it delivers the job again, and its last event tells that it
+        has ended."""
+        for _ in range(3):
+            try:
+                await self._message.ack_sync()
+                return
+            except Exception as error:
+                log.warning("ack_postponed", error=repr(error))
+                await asyncio.sleep(0.5)
+
+
+class _Reporting(Following):
+    """Tells the bus what the engine tells of a job."""
+
+    def __init__(self, held: HeldJob) -> None:
+        self._held = held
+        self._progress: Progress | None = None
+        self.began = time.monotonic()
+
+    async def on_begun(self) -> None:
+        """From here on it is an attempt, and the ledger knows, whatever the job does to us."""
+        held = self._held
+        if held.unwanted.is_set():  # since it was handed to the engine
+            await held.tools.engine.cancel(held.job.job_id)
+            return
+        held.attempt += 1
+        held.begun = True
+        self.began = time.monotonic()
+        self._progress = held.progress()
+        logs.bind(None, attempt=held.attempt)
+        await held.report(ReportJobStarted(**held.about()))
+
+    async def on_step(self, step: int, steps: int) -> None:
+        if self._progress:
+            await self._progress.on_step(step, steps)
+
+    async def on_preview(self, media_type: str, picture: bytes) -> None:
+        if self._progress:
+            await self._progress.on_preview(media_type, picture)
 
 
 def _last_words(cause: str) -> str:
     return f"the engine died {MAX_ATTEMPTS} times on this job: {cause}"
-
-
-def _remember(memory: dict[str, Any], job_id: str, what: object) -> None:
-    memory[job_id] = what
-    while len(memory) > REMEMBERED:
-        del memory[next(iter(memory))]
-
-
-async def _ack(message: NatsMessage) -> None:
-    """If the bus does not hear it, it delivers the job again, and `_finished` knows."""
-    for _ in range(3):
-        try:
-            await message.ack_sync()
-            return
-        except Exception as error:
-            log.warning("ack_postponed", error=repr(error))
-            await asyncio.sleep(0.5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import os
 import time
 import uuid
@@ -15,6 +16,7 @@ from shared.contracts import envelope as cloud
 from shared.contracts.endpoints import ReportInstance
 from shared.contracts.envelope import Command, Envelope
 from shared.contracts.inference import (
+    JobPreview,
     JobProgress,
     ReportJobFailed,
     ReportJobStarted,
@@ -82,7 +84,8 @@ class Reports:
 
 
 class Progress:
-    """Steps of one attempt as they happen, at most ten a second; lost ones are not missed."""
+    """Steps and previews of one attempt as they happen, at most ten steps a second; lost ones are
+    not missed."""
 
     def __init__(
         self, client: Any, source: str, job_id: str, attempt: int, cause: Envelope
@@ -94,14 +97,26 @@ class Progress:
         self._cause = cause
         self._first: tuple[int, float] | None = None
         self._last_sent = 0.0
+        self._step = self._steps = 0
+
+    async def on_preview(self, media_type: str, picture: bytes) -> None:
+        await self._send(
+            JobPreview(
+                job_id=self._job_id,
+                attempt=self._attempt,
+                step=self._step,
+                steps=self._steps,
+                media_type=media_type,
+                image=base64.b64encode(picture).decode(),
+            )
+        )
 
     async def on_step(self, step: int, steps: int) -> None:
+        self._step, self._steps = step, steps
         now = time.monotonic()
         if self._first is None or step < self._first[0]:
             self._first = (step, now)
-        if (step < steps and now - self._last_sent < PROGRESS_PAUSE) or not (
-            self._client.is_connected
-        ):
+        if step < steps and now - self._last_sent < PROGRESS_PAUSE:
             return
         self._last_sent = now
         done, since = step - self._first[0], now - self._first[1]
@@ -112,6 +127,11 @@ class Progress:
             attempt=self._attempt,
             eta_seconds=round(since / done * (steps - step), 2) if done else None,
         )
+        await self._send(report)
+
+    async def _send(self, report: JobProgress | JobPreview) -> None:
+        if not self._client.is_connected:
+            return  # it would be kept, and told when it is of no use any more
         framed = cloud.wrap(
             report,
             type=type_of(report),

@@ -1,75 +1,112 @@
-"""pipelines: what a worker can do with a job: txt2img, img2img, rembg. No bus, no S3.
+"""pipelines: what a worker can do with a job. No bus, no S3.
 
 Files
-  params.py        AUTOMATIC1111 webui bodies -> typed params and warnings
-  families.py      what a model file is, told from its header alone
-  checkpoints.py   loads Stable Diffusion checkpoints and keeps the last ones
-  prompts.py       webui prompt syntax -> text embeddings
-  samplers.py      the webui's sampler names -> diffusers schedulers
-  painting.py      txt2img and img2img
-  background.py    rembg
-  images.py        pictures in and out
-  infotext.py      the `parameters` text of a PNG, and the result's info
+  engine.py      runs jobs side by side: their rows of one UNet become one batch
+  painting.py    txt2img and img2img, hires fix and refiner
+  plotting.py    the script "X/Y/Z plot"
+  enlarging.py   extra-single-image
+  cutting.py     rembg
+  controlling.py ControlNet: hints from pictures (`hints.py`), and how they act
+  compiling.py   UNets compiled ahead for some shapes
+  denoising.py   a step of guidance as rows for a UNet, and the evaluation of rows
+  library.py     model files: opened, loaded, kept
+  memory.py      what work takes of a device's memory
+Rooms
+  params/        bodies of the webui's API -> typed params and warnings
+  prompts/       the webui's prompt syntax -> text embeddings
+  sampling/      from noise to latents
+  models/        what lies in model files
+  pictures/      pixels in and out, and what is written down with them
 
-torch and diffusers are imported in this room only, and only once an `Engine` is made; rembg (which
-compiles for a minute on its very first import) only by its first job.
+A job is a generator: it yields what it needs done (rows of a UNet, work that may go on beside) and
+is sent the results, so that the engine may serve several at once. torch and diffusers are imported
+in this room only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
+import os
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, Protocol
 
 import msgspec
 
-from shared.contracts.inference import RunJob
-
-Progress = Callable[[int, int], None]
-"""Called with (steps done, steps of the whole job)."""
+# Weights and configs come from the registry, never from a hub; read as the libraries are imported.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 class JobFailure(Exception):
     """The job can't be done as asked. The text is for the user; trying again would not help."""
 
 
-def file_of(name: str, files: Mapping[str, Path]) -> Path:
-    if name not in files:
-        raise JobFailure(f"the file of {name} did not come with the job")
-    return files[name]
+class ResultImage(msgspec.Struct, frozen=True):
+    name: str
+    media_type: str
+    data: bytes
 
 
 class Result(msgspec.Struct, frozen=True):
-    """`images`: PNGs. `param_json`: `{"parameters", "info", "images"}` as the webui's API answers.
-    `seconds`: stage -> duration."""
+    """`param_json`: `{"parameters", "info", "images", "receipt"}`, the first three as the webui's
+    API answers. `seconds`: stage -> duration."""
 
-    images: list[bytes]
+    images: list[ResultImage]
     param_json: bytes
     seconds: dict[str, float]
     warnings: list[str]
 
 
-class Engine:
-    """One device and the models kept on it. Not thread-safe: one job at a time."""
+class Aside(msgspec.Struct, frozen=True, eq=False):
+    """Works that others need not wait for, such as decoding pictures that are finished, and which
+    may go on at the same time. Who yields it is sent their results."""
 
-    def __init__(self, device: str, cache: Path) -> None:
-        """`device`: cpu, cuda, cuda:1. `cache`: a folder for what is costly to find out again."""
-        from services.inference.worker.pipelines.background import Cutter
-        from services.inference.worker.pipelines.painting import Painter
+    works: Sequence[Callable[[], Any]]
 
-        self._painter = Painter(device, cache)
-        self._cutter = Cutter()
 
-    def run(
-        self, job: RunJob, params: bytes, files: Mapping[str, Path], progress: Progress
-    ) -> Result:
-        """`files`: where each of `job.models` lies, by its name. Never write into a file again that
-        was handed in here (its pages are mapped); write a new one and rename it.
+class Report(Protocol):
+    """What a running job tells of itself."""
 
-        Raises JobFailure. What `progress` raises comes through and ends the job; the engine stays
-        usable.
-        """
-        if job.task_type in ("txt2img", "img2img"):
-            return self._painter.paint(job, params, files, progress)
-        if job.task_type == "rembg":
-            return self._cutter.cut(job, params, files, progress)
-        raise JobFailure(f"task_type {job.task_type!r} is not one of txt2img, img2img, rembg")
+    def step(self, step: int, steps: int) -> None: ...
+
+    def preview(self, picture: Callable[[], bytes]) -> None:
+        """`picture` is only made when one is due."""
+
+
+Work = Generator[Any, Any, Result]
+"""A job under way. It yields lists of `denoising.Rows`, or an `Aside`."""
+
+
+class Plan(Protocol):
+    """A job whose params and files have been looked at, and that may be begun."""
+
+    @property
+    def key(self) -> object:
+        """Jobs of one key share their weights and the shape of their latents. None: shares
+        nothing."""
+        ...
+
+    def work(self, report: Report) -> Work:
+        """Raises JobFailure, at any time."""
+
+
+class Listener:
+    """What is told of the jobs of an engine, by their ids. The default says nothing."""
+
+    def begun(self, job_id: str) -> None:
+        """It is about to be begun, and goes on once `go` is called for it."""
+
+    def step(self, job_id: str, step: int, steps: int) -> None: ...
+
+    def preview(self, job_id: str, media_type: str, picture: bytes) -> None: ...
+
+    def done(self, job_id: str, result: Result) -> None: ...
+
+    def unfit(self, job_id: str, reason: str) -> None:
+        """It can't be done, here or elsewhere."""
+
+    def gone(self, job_id: str) -> None:
+        """It was cancelled or recalled, and leaves nothing behind."""
+
+    def wake(self) -> None:
+        """Called in any thread when work that went on beside has ended: the engine can go on."""

@@ -1,336 +1,1125 @@
-"""txt2img and img2img: from a webui body to finished PNGs."""
+"""txt2img and img2img: from a webui body to finished pictures.
+
+`PaintingPlan` looks at the body and at the headers of the files, and refuses what can't be done,
+before anything is loaded. `_Painting` is the job under way.
+"""
 
 from __future__ import annotations
 
-import os
+import math
 import secrets
-import time
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Generator, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
-
-# Weights and configs come from the registry, never from a hub; read as the libraries are imported.
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import msgspec
 import numpy as np
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
-from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from torch import Tensor
-from transformers.utils import logging as transformers_logging
 
-from services.inference.worker.pipelines import JobFailure, Progress, Result, file_of
-from services.inference.worker.pipelines.checkpoints import Checkpoints, LoadedCheckpoint
-from services.inference.worker.pipelines.images import fit, on_white, png, read_picture
-from services.inference.worker.pipelines.infotext import infotext, param_json, timestamp
-from services.inference.worker.pipelines.params import (
+from services.inference.worker.pipelines import (
+    Aside,
+    JobFailure,
+    Report,
+    Result,
+    ResultImage,
+    Work,
+)
+from services.inference.worker.pipelines.controlling import Controls
+from services.inference.worker.pipelines.denoising import (
+    Asking,
+    Control,
+    Guidance,
+    Mask,
+    Net,
+    Prompted,
+    sample,
+    together,
+)
+from services.inference.worker.pipelines.enlarging import Upscaler, find_upscaler
+from services.inference.worker.pipelines.library import Library, Models, Shelved, receipt, stem_of
+from services.inference.worker.pipelines.models.checkpoints import Checkpoint, set_tiling
+from services.inference.worker.pipelines.models.families import REFINER, SDXL, configs_of
+from services.inference.worker.pipelines.models.files import ModelFile
+from services.inference.worker.pipelines.models.networks import Worn
+from services.inference.worker.pipelines.params.painting import (
+    LARGEST_SIDE,
     PaintingParams,
     parse_painting,
-    printable,
-    short,
 )
-from services.inference.worker.pipelines.prompts import encode_pair, plain_prompt
-from services.inference.worker.pipelines.samplers import build_scheduler
+from services.inference.worker.pipelines.params.reading import printable, short
+from services.inference.worker.pipelines.pictures import masks
+from services.inference.worker.pipelines.pictures.files import (
+    Format,
+    on_ground,
+    pack,
+    read_picture,
+)
+from services.inference.worker.pipelines.pictures.fitting import fit
+from services.inference.worker.pipelines.pictures.grids import grid
+from services.inference.worker.pipelines.pictures.infotext import (
+    infotext,
+    param_json,
+    timestamp,
+)
+from services.inference.worker.pipelines.pictures.previews import Mixes
+from services.inference.worker.pipelines.prompts.encoding import Encoded, Words
+from services.inference.worker.pipelines.prompts.syntax import (
+    NETWORKS,
+    BadPrompt,
+    Network,
+    Part,
+    plan_phases,
+    split_parts,
+    take_networks,
+)
+from services.inference.worker.pipelines.sampling.names import Sampler
+from services.inference.worker.pipelines.sampling.noise import Noise
+from services.inference.worker.pipelines.sampling.samplers import Options, Run
+from services.inference.worker.pipelines.sampling.schedules import Sigmas
+from services.inference.worker.pipelines.stopwatch import Stopwatch
 from shared.contracts.inference import RunJob
 
-CHECKPOINT_TYPE = "Stable-diffusion"
-_UNNOTICED = ("rembg",)
-"""Types of models that a txt2img or img2img job may name without a word about it."""
+CHECKPOINT, VAE, LORA, EMBEDDING = "Stable-diffusion", "VAE", "Lora", "embeddings"
+MOST_STEPS = 1000
+"""Of a run of which only the last steps are run: models know no more levels."""
+LEAST_FALL = 1 - 1e-6
+"""Of levels of noise: samplers divide by the difference."""
+NO_FILE = ("", "automatic", "none")
+"""Names of a VAE that stand for a choice and not for a file."""
+LATENT_UPSCALERS: dict[str, dict[str, Any]] = {
+    "Latent": {"mode": "bilinear", "antialias": False},
+    "Latent (antialiased)": {"mode": "bilinear", "antialias": True},
+    "Latent (bicubic)": {"mode": "bicubic", "antialias": False},
+    "Latent (bicubic antialiased)": {"mode": "bicubic", "antialias": True},
+    "Latent (nearest)": {"mode": "nearest", "antialias": False},
+    "Latent (nearest-exact)": {"mode": "nearest-exact", "antialias": False},
+}
 
 
-class Conditioning(msgspec.Struct, frozen=True):
-    """What steers the UNet, (1, 77 * chunks, width) each; and the pictures to start from, encoded:
-    (1, 4, height / 8, width / 8) each."""
+class Studio(msgspec.Struct, frozen=True, eq=False):
+    """What jobs share. `format`: of pictures, unless a job says otherwise. `vae_lock`: held while a
+    VAE works, whose precision and borders may change."""
 
-    positive: Tensor
-    negative: Tensor
-    init_latents: list[Tensor]
-
-
-class Stopwatch:
-    """Seconds per stage; a stage may come several times."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        spent = time.perf_counter() - started
-        self.seconds[name] = round(self.seconds.get(name, 0.0) + spent, 4)
+    library: Library
+    mixes: Mixes
+    format: Format = Format()
+    vae_lock: Any = msgspec.field(default_factory=threading.Lock)
 
 
-class Painter:
-    """Half precision on a GPU; full precision on a CPU, which is slower with halves."""
+class PaintingPlan:
+    def __init__(self, job: RunJob, body: bytes, files: Mapping[str, Path], studio: Studio) -> None:
+        """Raises JobFailure."""
+        params, self.raw, self.warnings = parse_painting(body, job.task_type)
+        self.task_type = job.task_type
+        self.studio = studio
+        self.models = Models(job, files)
+        self.params = _settled(params, self.warnings)
+        library = studio.library
+        self.checkpoint = self._open(_choose_checkpoint(self.models, self.params))
+        self.kind, self.configs = configs_of(self.checkpoint.header, self.checkpoint.name)
+        if self.kind.family == REFINER and job.task_type == "txt2img":
+            self.warnings.append(
+                f"{self.checkpoint.name} is a refiner, made to finish pictures, not to begin them"
+            )
+        self.vae = self._choose_vae()
+        self.prompt, networks = _without_networks(self.params.prompt)
+        self.networks = self._find_networks(networks, "prompt")
+        hr_prompt, hr_networks = _without_networks(self.params.hr_prompt or self.params.prompt)
+        self.hr_prompt = hr_prompt
+        self.hr_networks = self.networks
+        if self.params.enable_hr:
+            self.hr_networks = self._find_networks(hr_networks, "hr_prompt")
+        self.embeddings = [self._open(self.models.use(m)) for m in self._named_embeddings()]
+        self.refiner = self._find_second("refiner_checkpoint", self.params.refiner_checkpoint)
+        self.hr_checkpoint = None
+        if self.params.enable_hr:
+            self.hr_checkpoint = self._find_second(
+                "hr_checkpoint_name", self.params.hr_checkpoint_name
+            )
+        self.upscaler: Upscaler | None = None
+        if self.params.enable_hr and self.params.hr_upscaler not in LATENT_UPSCALERS:
+            self.upscaler = find_upscaler(
+                self.params.hr_upscaler, "hr_upscaler", self.models, library, [*LATENT_UPSCALERS]
+            )
+        self.controls = Controls(self.params.units, self.models, library, self.kind.family)
+        self.warnings += self._unused()
+        self.key = (
+            self.checkpoint.identity(),
+            tuple((f.identity(), n.text_weight, n.unet_weight) for f, n in self.networks),
+            self.params.width,
+            self.params.height,
+            self.params.tiling,
+        )
 
-    def __init__(self, device: str, cache: Path) -> None:
-        self._device = torch.device(device)
-        if "OMP_NUM_THREADS" in os.environ:
-            torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-        # The same body is to give the same pixels again.
-        torch.backends.cudnn.deterministic = True
-        torch.backends.cudnn.benchmark = False
-        # DPM++ SDE asks torchsde for times that differ from its bounds in the last digit.
-        warnings.filterwarnings("ignore", module="torchsde")
-        diffusers_logging.set_verbosity_error()
-        transformers_logging.set_verbosity_error()
-        dtype = torch.float16 if self._device.type == "cuda" else torch.float32
-        self._checkpoints = Checkpoints(self._device, dtype, cache)
+    def work(self, report: Report) -> Work:
+        return _Painting(self, report).work()
 
-    def paint(
-        self, job: RunJob, body: bytes, files: Mapping[str, Path], progress: Progress
-    ) -> Result:
-        """Raises JobFailure; what `progress` raises comes through."""
-        params, raw, remarks = parse_painting(body, job.task_type)
-        file_name = _choose_checkpoint(job, params)
-        remarks += [
-            f"{model.type} {model.name}: no effect in this version"
-            for model in job.models
-            if model.type not in (CHECKPOINT_TYPE, *_UNNOTICED)
-            and (model.type, model.name) not in (("VAE", "Automatic"), ("VAE", "None"))
+    def _open(self, model: Shelved) -> ModelFile:
+        return self.studio.library.open(model.path, model.name)
+
+    def _choose_vae(self) -> ModelFile | None:
+        """None for the checkpoint's own."""
+        wanted = self.params.override_settings.sd_vae
+        named = self.models.of(VAE)
+        if wanted.lower() not in NO_FILE:
+            return self._open(self.models.get(VAE, wanted, "override_settings.sd_vae"))
+        if wanted.lower() == "none" or not named:
+            return None
+        like_checkpoint = [m for m in named if m.stem.removesuffix(".vae") == self.checkpoint.stem]
+        if wanted and not like_checkpoint:
+            return None
+        return self._open(self.models.use((like_checkpoint or named)[0]))
+
+    def _find_networks(
+        self, networks: Sequence[Network], field: str
+    ) -> list[tuple[ModelFile, Network]]:
+        found = []
+        if self.params.disable_extra_networks:
+            return []
+        for network in networks:
+            if network.kind not in NETWORKS:
+                kind = f"{field}: <{network.kind[:20]}:…>"
+                self.warnings.append(f"{kind}: no effect here; lora and lyco have one")
+                continue
+            model = self.models.get(LORA, network.name, f"{field}: <{network.kind}:…>")
+            found.append((self._open(model), network))
+        return found
+
+    def _named_embeddings(self) -> list[Shelved]:
+        texts = " ".join(
+            (
+                self.params.prompt,
+                self.params.negative_prompt,
+                self.params.hr_prompt,
+                self.params.hr_negative_prompt,
+            )
+        ).lower()
+        return [model for model in self.models.of(EMBEDDING) if model.stem.lower() in texts]
+
+    def _find_second(self, field: str, title: str) -> ModelFile | None:
+        if title.lower() in ("", "none", "use same checkpoint"):
+            return None
+        file = self._open(self.models.get(CHECKPOINT, title, field))
+        configs_of(file.header, file.name)
+        return file
+
+    def _unused(self) -> list[str]:
+        hints = {
+            LORA: "the prompt does not name it, as in <lora:NAME:1>",
+            EMBEDDING: "no prompt names it",
+        }
+        return [
+            f"{model.type} {model.name}: not used" + f" ({hint})" * bool(hint)
+            for model in self.models.all
+            if model not in self.models.used
+            for hint in [hints.get(model.type, "")]
+            if model.type not in ("rembg", "Upscaler")
         ]
-        prompt, more = plain_prompt(params.prompt)
-        negative, yet_more = plain_prompt(params.negative_prompt)
-        remarks += list(dict.fromkeys(more + yet_more))
-        seed = secrets.randbelow(2**32 - 1) if params.seed == -1 else params.seed
-        params = msgspec.structs.replace(
-            params, prompt=prompt.strip(), negative_prompt=negative.strip(), seed=seed
-        )
-        watch = Stopwatch()
-        try:
-            with watch.stage("load"):
-                checkpoint = self._checkpoints.get(file_of(file_name, files), file_name)
-            images, texts = self._paint(job.task_type, params, checkpoint, progress, watch)
-        except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            self._checkpoints.forget()
-            raise JobFailure(
-                f"not enough memory on {self._device} for {params.batch_size} picture(s) of"
-                f" {params.width}x{params.height} at once; try a smaller batch_size or size"
-            ) from error
-        info = _info(job.task_type, params, checkpoint, texts)
-        answer = param_json(printable({**raw, "seed": seed}), info, len(images))
-        return Result(images, answer, watch.seconds, remarks)
-
-    def _paint(
-        self,
-        task_type: str,
-        params: PaintingParams,
-        checkpoint: LoadedCheckpoint,
-        progress: Progress,
-        watch: Stopwatch,
-    ) -> tuple[list[bytes], list[str]]:
-        """The PNGs and their infotexts."""
-        images: list[bytes] = []
-        texts: list[str] = []
-        with watch.stage("encode"):
-            conditioning = self._condition(task_type, params, checkpoint)
-        for round_ in range(params.n_iter):
-            first = params.seed + round_ * params.batch_size
-            seeds = [first + number for number in range(params.batch_size)]
-            with watch.stage("render"):
-                latents = _render(params, checkpoint, conditioning, seeds, round_, progress)
-            for number, picture_seed in enumerate(seeds):
-                with watch.stage("decode"):
-                    picture = _decode(checkpoint, latents[number : number + 1])
-                with watch.stage("save"):
-                    text = _infotext(task_type, params, checkpoint, picture_seed)
-                    images.append(png(picture, text))
-                    texts.append(text)
-        return images, texts
-
-    def _condition(
-        self, task_type: str, params: PaintingParams, checkpoint: LoadedCheckpoint
-    ) -> Conditioning:
-        positive, negative = encode_pair(
-            params.prompt,
-            params.negative_prompt,
-            checkpoint.tokenizer,
-            checkpoint.text_encoder,
-            params.override_settings.CLIP_stop_at_last_layers,
-        )
-        pictures = params.init_images if task_type == "img2img" else []
-        init_latents = []
-        for number, text in enumerate(pictures):
-            picture = on_white(read_picture(text, f"init_images[{number}]"))
-            fitted = fit(picture, params.width, params.height, params.resize_mode)
-            init_latents.append(_encode(checkpoint, fitted))
-        return Conditioning(positive, negative, init_latents)
 
 
-def _choose_checkpoint(job: RunJob, params: PaintingParams) -> str:
+def _settled(params: PaintingParams, warnings: list[str]) -> PaintingParams:
+    """With seeds drawn where the body left them open, and with the second pass's own texts."""
+    if params.refiner_checkpoint and params.refiner_switch_at is None:
+        params = msgspec.structs.replace(params, refiner_switch_at=0.8)
+        warnings.append("refiner_switch_at: not given, 0.8 was used")
+    draw = secrets.randbelow
+    return msgspec.structs.replace(
+        params,
+        prompt=params.prompt.strip(),
+        negative_prompt=params.negative_prompt.strip(),
+        hr_prompt=params.hr_prompt.strip(),
+        hr_negative_prompt=params.hr_negative_prompt.strip() or params.negative_prompt.strip(),
+        seed=draw(2**32 - 1) if params.seed == -1 else params.seed,
+        subseed=draw(2**32 - 1) if params.subseed == -1 else params.subseed,
+    )
+
+
+def _choose_checkpoint(models: Models, params: PaintingParams) -> Shelved:
     """The one that `override_settings` asks for, else the first one that the job names."""
-    names = [model.name for model in job.models if model.type == CHECKPOINT_TYPE]
-    if not names:
-        raise JobFailure(f"the job names no checkpoint of type {CHECKPOINT_TYPE} in models")
+    named = models.of(CHECKPOINT)
+    if not named:
+        raise JobFailure(f"the job names no checkpoint of type {CHECKPOINT} in models")
     wanted = params.override_settings.sd_model_checkpoint
     if not wanted:
-        return names[0]
-    # The webui's titles carry a hash: "name.safetensors [0123456789]".
-    stem = Path(wanted.split(" [")[0]).name.removesuffix(".safetensors").removesuffix(".ckpt")
-    for name in names:
-        if Path(name).stem == stem:
-            return name
-    raise JobFailure(
-        f"override_settings.sd_model_checkpoint: got {short(wanted)},"
-        f" allowed is one that the job names in models: {', '.join(names)}"
-    )
-
-
-def _render(
-    params: PaintingParams,
-    checkpoint: LoadedCheckpoint,
-    conditioning: Conditioning,
-    seeds: list[int],
-    round_: int,
-    progress: Progress,
-) -> Tensor:
-    """(batch, 4, height / 8, width / 8). Pipeline and scheduler are made anew each time: both keep
-    state, and a job that was stopped in the middle must leave none behind."""
-    sampler, steps = params.sampler, params.steps
-    image_to_image = bool(conditioning.init_latents)
-    pipeline_type = StableDiffusionImg2ImgPipeline if image_to_image else StableDiffusionPipeline
-    pipeline = pipeline_type(
-        vae=checkpoint.vae,
-        text_encoder=checkpoint.text_encoder,
-        tokenizer=checkpoint.tokenizer,
-        unet=checkpoint.unet,
-        scheduler=build_scheduler(sampler, checkpoint.noise_schedule, steps, seeds),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-
-    def on_step(pipe: Any, step: int, _: object, state: dict[str, Any]) -> dict[str, Any]:
-        progress(round_ * pipe.num_timesteps + step + 1, params.n_iter * pipe.num_timesteps)
-        return state
-
-    batch = len(seeds)
-    # One generator per picture, on the CPU: a picture depends on its own seed alone, on any device
-    # and in any batch.
-    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    arguments: dict[str, Any] = {
-        "prompt_embeds": conditioning.positive.repeat(batch, 1, 1),
-        "negative_prompt_embeds": conditioning.negative.repeat(batch, 1, 1),
-        "num_inference_steps": steps,
-        "guidance_scale": params.cfg_scale,
-        "generator": generators,
-        "output_type": "latent",
-        "callback_on_step_end": on_step,
-    }
-    if image_to_image:
-        starts = conditioning.init_latents
-        taken = sampler.img2img_steps(steps, params.denoising_strength)
-        arguments |= {
-            "image": torch.cat([starts[number % len(starts)] for number in range(batch)]),
-            "strength": min(1.0, (taken + 0.5) / steps),  # diffusers rounds steps * strength down
-        }
-    else:
-        factor = pipeline.vae_scale_factor
-        channels = checkpoint.unet.config.in_channels
-        shape = (1, channels, params.height // factor, params.width // factor)
-        noise = torch.cat([torch.randn(shape, generator=one) for one in generators])
-        arguments["latents"] = noise.to(checkpoint.unet.device, checkpoint.unet.dtype)
-    latents: Tensor = pipeline(**arguments).images
-    if not torch.isfinite(latents).all():
+        return models.use(named[0])
+    found = models.find(CHECKPOINT, wanted)
+    if found is None:
         raise JobFailure(
-            f"the picture came out as no numbers: {checkpoint.name} may be damaged,"
-            f" or the attention in the prompt too strong"
+            f"override_settings.sd_model_checkpoint: got {short(wanted)}, allowed is one that the"
+            f" job names in models: {', '.join(model.name for model in named)}"
         )
-    return latents
+    return found
 
 
-@torch.no_grad()
-def _encode(checkpoint: LoadedCheckpoint, picture: Image.Image) -> Tensor:
-    """A picture's latents: the middle of what the VAE gives, so that no seed has a part in it."""
-    vae = checkpoint.vae
-    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
-    pixels = pixels.to(vae.device, torch.float32) / 127.5 - 1
-    latents: Tensor = vae.encode(pixels.to(vae.dtype)).latent_dist.mode()
-    return latents * float(vae.config.scaling_factor)
+def _without_networks(prompt: str) -> tuple[str, list[Network]]:
+    try:
+        return take_networks(prompt)
+    except BadPrompt as error:
+        raise JobFailure(str(error)) from None
 
 
-@torch.no_grad()
-def _decode(checkpoint: LoadedCheckpoint, latents: Tensor) -> Image.Image:
-    vae = checkpoint.vae
-    scaled = latents / vae.config.scaling_factor
-    pixels: Tensor = vae.decode(scaled.to(vae.dtype), return_dict=False)[0]
-    if not torch.isfinite(pixels).all() and vae.dtype == torch.float16:
-        vae.float()  # some VAEs leave the range of halves; this one stays in full precision
-        pixels = vae.decode(scaled.float(), return_dict=False)[0]
-    unit = (pixels[0].float() * 0.5 + 0.5).clamp(0, 1)
-    rows = (unit * 255).round().to("cpu", torch.uint8).permute(1, 2, 0).numpy()
-    return Image.fromarray(rows)
+class _Start(msgspec.Struct, frozen=True, eq=False):
+    """What img2img starts from, one of each per picture of a batch."""
+
+    latents: Tensor
+    mask: Mask | None
+    beside: Tensor | None
+    overlays: list[Image.Image]
+    paste: masks.Box | None
+    pictures: list[Image.Image]
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        "can't allocate memory" in str(error)
-    )
+class _Pass(msgspec.Struct, frozen=True, eq=False):
+    """One run of a sampler: of the first pass, or of hires fix."""
+
+    net: Net
+    width: int
+    height: int
+    sampler: Sampler
+    steps: int
+    parts: Sequence[Part]
+    negative: str
+    refiner: Net | None
+    words: Words
+    done_before: int | None = None
+
+    @property
+    def calls(self) -> int:
+        return self.steps * self.sampler.calls
 
 
-def _infotext(
-    task_type: str, params: PaintingParams, checkpoint: LoadedCheckpoint, seed: int
-) -> str:
-    clip_skip = params.override_settings.CLIP_stop_at_last_layers
-    return infotext(
-        params.prompt,
-        params.negative_prompt,
-        {
+class _Painting:
+    """The job under way: everything that is loaded for it, and how far it has come."""
+
+    def __init__(self, plan: PaintingPlan, report: Report) -> None:
+        self.plan = plan
+        self.params = plan.params
+        self.settings = plan.params.override_settings
+        self.library = plan.studio.library
+        self.report = report
+        self.watch = Stopwatch()
+        self.extra: dict[str, object] = {}
+        """What the infotext says beside the usual fields."""
+        self._steps_before = 0
+
+    def work(self) -> Work:
+        plan, params = self.plan, self.params
+        with self.watch.stage("load"):
+            self._load()
+        with self.watch.stage("encode"):
+            first = self._first_pass()
+            self._texts(first.net, first)
+            start = self._start(first.net.checkpoint) if params.init_images else None
+        pictures: list[Image.Image | None] = []
+        images: list[ResultImage] = []
+        texts: list[str] = []
+        seeds, subseeds = all_seeds(params, self._batch_size(start))
+        for round_ in range(params.n_iter):
+            batch = range(round_ * self._batch_size(start), (round_ + 1) * self._batch_size(start))
+            mine = [(seeds[number], subseeds[number]) for number in batch]
+            with self.watch.stage("render"):
+                latents = yield from self._render(first, start, mine)
+            finishers = []
+            for number, (seed, subseed) in enumerate(mine):
+                texts.append(self._infotext(seed, subseed))
+                name = f"image_{len(texts) - 1}.{self._format.name}"
+                latent = latents[number : number + 1]
+                finishers.append(self._finisher(latent, start, number, texts[-1], name))
+            with self.watch.stage("decode"):
+                finished = yield Aside(finishers)
+            images += [image for image, _ in finished]
+            pictures += [picture for _, picture in finished]
+        if self.settings.return_grid and not params.do_not_save_grid and len(images) > 1:
+            images, texts = self._with_grid(images, pictures, texts)
+        info = self._info(texts, seeds, subseeds, len(images) > len(seeds))
+        answer = param_json(
+            printable({**plan.raw, "seed": params.seed, "subseed": params.subseed}),
+            info,
+            [image.name for image in images],
+            receipt(plan.models, self.library),
+        )
+        return Result(images, answer, self.watch.seconds, plan.warnings)
+
+    # What is loaded
+
+    def _load(self) -> None:
+        plan, library = self.plan, self.library
+        self.checkpoint = library.checkpoint(plan.checkpoint)
+        if plan.vae is not None:
+            self.vae = library.vae(plan.vae, self.checkpoint.configs.vae)
+        elif self.checkpoint.vae is not None:
+            self.vae = self.checkpoint.vae
+        else:
+            raise JobFailure(
+                f"broken checkpoint: the vae in {plan.checkpoint.name} is missing; name one in"
+                ' models: {"VAE": ["NAME"]}'
+            )
+        self.embeddings = [library.embedding(file) for file in plan.embeddings]
+        for embedding in self.embeddings:
+            embedding.check_fits(self.checkpoint.text_encoders, plan.checkpoint.name)
+        self.worn = self._wear(plan.networks, self.checkpoint)
+        self.refiner: Net | None = None
+        if plan.refiner is not None:
+            refiner = library.checkpoint(plan.refiner)
+            same = refiner.family == self.checkpoint.family
+            self.refiner = Net(refiner, self.worn if same else (), self.params.tiling)
+        plan.controls.load()
+
+    def _wear(
+        self, networks: Sequence[tuple[ModelFile, Network]], checkpoint: Checkpoint
+    ) -> list[Worn]:
+        worn = []
+        for file, wanted in networks:
+            network = self.library.network(file)
+            if network.family and network.family != checkpoint.family:
+                raise JobFailure(
+                    f"{file.name} is a LoRA for {network.family}; {checkpoint.file.name} is"
+                    f" {checkpoint.kind.title}"
+                )
+            unplaced = checkpoint.wardrobe.unplaced(network)
+            if len(unplaced) == len(network.modules):
+                raise JobFailure(f"{file.name} does not fit {checkpoint.file.name}: no part of it")
+            if unplaced:
+                self._warn(
+                    f"{file.name}: {len(unplaced)} of its {len(network.modules)} parts have no"
+                    f" place in {checkpoint.file.name}"
+                )
+            worn.append(Worn(network, wanted.text_weight, wanted.unet_weight))
+        return worn
+
+    def _warn(self, text: str) -> None:
+        if text not in self.plan.warnings:
+            self.plan.warnings.append(text)
+
+    # Passes
+
+    def _first_pass(self) -> _Pass:
+        params = self.params
+        wants_refiner = (
+            not params.enable_hr or self.settings.hires_fix_refiner_pass != "second pass"
+        )
+        return _Pass(
+            net=Net(self.checkpoint, self.worn, params.tiling),
+            width=params.width,
+            height=params.height,
+            sampler=params.sampler,
+            steps=params.steps,
+            parts=split_parts(self.plan.prompt),
+            negative=params.negative_prompt,
+            refiner=self.refiner if wants_refiner else None,
+            words=self._words,
+        )
+
+    def _hires_pass(self, first: _Pass) -> _Pass:
+        params = self.params
+        checkpoint = self.checkpoint
+        if self.plan.hr_checkpoint is not None:
+            checkpoint = self.library.checkpoint(self.plan.hr_checkpoint)
+        width, height, columns, rows = params.hires_size
+        worn = self._wear(self.plan.hr_networks, checkpoint)
+        return _Pass(
+            net=Net(checkpoint, worn, params.tiling),
+            width=width // 8 * 8 - columns * 8,
+            height=height // 8 * 8 - rows * 8,
+            sampler=params.hr_sampler,
+            steps=params.hr_second_pass_steps or params.steps,
+            parts=split_parts(self.plan.hr_prompt),
+            negative=params.hr_negative_prompt,
+            refiner=self.refiner if self.settings.hires_fix_refiner_pass != "first pass" else None,
+            words=self._words,
+            done_before=first.calls,
+        )
+
+    @property
+    def _words(self) -> Words:
+        return Words(
+            self.settings.CLIP_stop_at_last_layers,
+            self.settings.comma_padding_backtrack,
+            self.embeddings,
+        )
+
+    def _render(
+        self, first: _Pass, start: _Start | None, seeds: Sequence[tuple[int, int]]
+    ) -> Asking:
+        """Latents of one batch, ready for the VAE: (pictures, 4, height / 8, width / 8)."""
+        pictures = [[number] for number in range(len(seeds))]
+        if not first.sampler.per_picture:
+            pictures = [[number for one in pictures for number in one]]
+        runs = [self._begin(first, start, [seeds[n] for n in some], some) for some in pictures]
+        latents = yield from together(runs)
+        self._steps_before += self._steps_of(first, start is not None)
+        if self.params.enable_hr:
+            latents = yield from self._hires(first, latents, seeds)
+        if not torch.isfinite(latents).all():
+            raise JobFailure(
+                f"the picture came out as no numbers: {self.checkpoint.name} may be damaged,"
+                " or the attention in the prompt too strong"
+            )
+        return latents
+
+    def _begin(
+        self,
+        run: _Pass,
+        start: _Start | None,
+        seeds: Sequence[tuple[int, int]],
+        numbers: Sequence[int],
+    ) -> Asking:
+        """The first pass for some pictures of a batch."""
+        noise = self._noise(run, seeds)
+        if start is None:
+            beside = None
+            if self.checkpoint.kind.inpainting:
+                beside = self._nothing_beside(run, len(seeds))
+            guidance = self._guidance(run, beside=beside)
+            sigmas = self._sigmas(run, run.steps)
+            x = noise.first() * self._first_scale(run.sampler, sigmas[0])
+            return self._sample(run, guidance, x, sigmas, run.steps, noise)
+        mask = start.mask
+        if mask is not None:
+            mask = Mask(mask.init[list(numbers)], mask.keep[list(numbers)])
+        beside = None if start.beside is None else start.beside[list(numbers)]
+        guidance = self._guidance(run, mask=mask, beside=beside)
+        return self._from_latents(
+            run,
+            guidance,
+            start.latents[list(numbers)],
+            noise,
+            multiplier=self.params.noise_multiplier,
+            all_steps=self.settings.img2img_fix_steps,
+            mask=mask,
+        )
+
+    def _sigmas(self, run: _Pass, steps: int) -> Sigmas:
+        """Raises JobFailure for settings that make no way down from noise to a picture."""
+        sigmas = run.sampler.sigmas(
+            run.net.checkpoint.schedule, steps, self.params.spread(run.sampler)
+        )
+        falls = all(after < before * LEAST_FALL for before, after in pairwise(sigmas))
+        if not (falls and math.isfinite(sigmas[0])) and run.sampler.levels is None:
+            raise JobFailure(
+                "override_settings: with these k_sched_type, sigma_min, sigma_max and rho, noise"
+                f" does not become less with each of {steps} steps"
+            )
+        return sigmas
+
+    def _first_scale(self, sampler: Sampler, sigma: float) -> float:
+        """Of the first noise: k-diffusion's samplers begin with as much of it as their first level
+        has, the others, as their papers do, with nothing else in the latents."""
+        if sampler.levels or self.settings.sgm_noise_multiplier:
+            return float((1 + sigma**2) ** 0.5)
+        return sigma
+
+    def _from_latents(
+        self,
+        run: _Pass,
+        guidance: Guidance,
+        latents: Tensor,
+        noise: Noise,
+        *,
+        multiplier: float = 1.0,
+        all_steps: bool = False,
+        mask: Mask | None = None,
+    ) -> Asking:
+        """img2img: noise is put on the latents, and the last steps of a run take it off again.
+        `all_steps`: as many as were asked for, of a run that has accordingly more."""
+        steps, taken = img2img_steps(run.steps, self.params.denoising_strength, all_steps)
+        sigmas = self._sigmas(run, steps)[-taken - 1 :]
+        drawn = noise.first() * multiplier
+        x = latents + drawn * sigmas[0] + drawn * self.settings.img2img_extra_noise
+        guidance.calls = taken * run.sampler.calls
+        result = yield from self._sample(run, guidance, x, sigmas, steps, noise)
+        return mask.apply(result) if mask else result
+
+    def _sample(
+        self,
+        run: _Pass,
+        guidance: Guidance,
+        x: Tensor,
+        sigmas: Sigmas,
+        of_steps: int,
+        noise: Noise,
+    ) -> Asking:
+        params, sampler = self.params, run.sampler
+        eta = params.eta
+        if eta is None:
+            settings = self.settings
+            eta = settings.eta_ddim if sampler.name == "DDIM" else settings.eta_ancestral
+        options = Options(
+            eta=eta,
+            s_churn=params.s_churn,
+            s_tmin=params.s_tmin,
+            s_tmax=params.highest_churn,
+            s_noise=params.s_noise,
+            order=self.settings.uni_pc_order,
+        )
+        sampling = sampler.function(
+            Run(x, sigmas, of_steps, noise, run.net.checkpoint.schedule, options)
+        )
+        steps = len(sigmas) - 1
+
+        def on_denoised(denoised: Tensor) -> None:
+            done = min(steps, -(-guidance.calls_made // sampler.calls))
+            self.report.step(self._steps_before + done, self._all_steps)
+            self.report.preview(
+                lambda: self.plan.studio.mixes.preview(denoised, run.net.checkpoint, self.vae)
+            )
+
+        return (yield from sample(sampling, guidance, on_denoised))
+
+    @property
+    def _all_steps(self) -> int:
+        params = self.params
+        steps = params.steps
+        if params.init_images:
+            steps = img2img_steps(
+                params.steps, params.denoising_strength, self.settings.img2img_fix_steps
+            )[1]
+        if params.enable_hr and params.denoising_strength > 0:
+            steps += params.hr_second_pass_steps or params.steps
+        return steps * params.n_iter
+
+    def _steps_of(self, run: _Pass, from_picture: bool) -> int:
+        if not from_picture:
+            return run.steps
+        strength, all_steps = self.params.denoising_strength, self.settings.img2img_fix_steps
+        return img2img_steps(run.steps, strength, all_steps)[1]
+
+    def _hires(self, first: _Pass, latents: Tensor, seeds: Sequence[tuple[int, int]]) -> Asking:
+        params = self.params
+        width, height, columns, rows = params.hires_size
+        if self.plan.upscaler is None:
+            size = (height // 8, width // 8)
+            mode = LATENT_UPSCALERS[params.hr_upscaler]
+            latents = torch.nn.functional.interpolate(latents, size, **mode)
+        else:
+            latents = yield from self._upscaled(latents, width, height)
+        latents = latents[
+            :,
+            :,
+            rows // 2 : latents.shape[2] - (rows + 1) // 2,
+            columns // 2 : latents.shape[3] - (columns + 1) // 2,
+        ]
+        if params.denoising_strength == 0:
+            return latents
+        with self.watch.stage("load"):
+            run = self._hires_pass(first)
+        beside = (
+            self._nothing_beside(run, len(latents)) if run.net.checkpoint.kind.inpainting else None
+        )
+        runs = []
+        groups = (
+            [[n] for n in range(len(seeds))] if run.sampler.per_picture else [range(len(seeds))]
+        )
+        for some in groups:
+            guidance = self._guidance(run, beside=None if beside is None else beside[list(some)])
+            noise = self._noise(run, [seeds[n] for n in some])
+            runs.append(
+                self._from_latents(run, guidance, latents[list(some)], noise, all_steps=True)
+            )
+        result = yield from together(runs)
+        self._steps_before += run.steps
+        return result
+
+    def _upscaled(self, latents: Tensor, width: int, height: int) -> Generator[Any, Any, Tensor]:
+        """By way of pixels and an upscaler of pictures."""
+        upscaler = self.plan.upscaler
+        assert upscaler is not None
+        works = [
+            partial(self._enlarge, one, upscaler, width, height) for one in torch.split(latents, 1)
+        ]
+        larger = yield Aside(works)
+        return torch.cat([self._encode(picture) for picture in larger])
+
+    def _enlarge(self, latents: Tensor, upscaler: Upscaler, width: int, height: int) -> Image.Image:
+        return upscaler.to_size(self._decode(latents), width, height)
+
+    # Noise, texts, pictures to start from
+
+    def _noise(self, run: _Pass, seeds: Sequence[tuple[int, int]]) -> Noise:
+        params = self.params
+        return Noise(
+            (4, run.height // 8, run.width // 8),
+            [seed for seed, _ in seeds],
+            self.library.place.device,
+            subseeds=[subseed for _, subseed in seeds],
+            subseed_strength=params.subseed_strength,
+            resize_from=(
+                max(params.seed_resize_from_h, 0) // 8,
+                max(params.seed_resize_from_w, 0) // 8,
+            ),
+            later_seed_delta=self.settings.eta_noise_seed_delta,
+        )
+
+    def _guidance(
+        self, run: _Pass, *, mask: Mask | None = None, beside: Tensor | None = None
+    ) -> Guidance:
+        params = self.params
+        then = None
+        if run.refiner is not None and params.refiner_switch_at is not None:
+            then = (
+                params.refiner_switch_at,
+                self._guidance_of(run.refiner, run, mask=mask, beside=None, controlled=False),
+            )
+        return self._guidance_of(run.net, run, mask=mask, beside=beside, then=then)
+
+    def _guidance_of(
+        self,
+        net: Net,
+        run: _Pass,
+        *,
+        mask: Mask | None,
+        beside: Tensor | None,
+        then: tuple[float, Guidance] | None = None,
+        controlled: bool = True,
+    ) -> Guidance:
+        positive, negative = self._texts(net, run)
+        return Guidance(
+            net,
+            positive,
+            negative,
+            scale=self.params.cfg_scale,
+            calls=run.calls,
+            a_step=run.sampler.calls,
+            sizes=self._sizes(net.checkpoint.family, run.width, run.height),
+            beside=beside,
+            mask=mask,
+            skip_below=self.params.s_min_uncond,
+            controls=self._controls(run) if controlled else (),
+            filler=self._encode_texts(net, run, [""])[0] if self.settings.pad_cond_uncond else None,
+            then=then,
+        )
+
+    def _controls(self, run: _Pass) -> list[Control]:
+        hires = run.done_before is not None
+        return self.plan.controls.of(run.width, run.height, self._source, hires=hires)
+
+    def _encode_texts(self, net: Net, run: _Pass, texts: Sequence[str]) -> list[Encoded]:
+        net.put_in_place()
+        checkpoint = net.checkpoint
+        weights = (checkpoint.file.identity(), checkpoint.wardrobe.key)
+        encodings = self.library.encodings
+        return encodings.encode(texts, checkpoint.text_encoders, run.words, weights)
+
+    def _texts(self, net: Net, run: _Pass) -> tuple[list[Prompted], Prompted]:
+        def prompted(text: str, weight: float = 1.0) -> Prompted:
+            phases = plan_phases(text, run.calls, done_before=run.done_before)
+            texts = [phase.text for phase in phases]
+            return Prompted(phases, self._encode_texts(net, run, texts), weight)
+
+        positive = [prompted(part.text, part.weight) for part in run.parts]
+        negative = prompted(run.negative)
+        if net.checkpoint.family in (SDXL, REFINER) and not run.negative:
+            negative = Prompted(negative.phases, [one.zeros() for one in negative.encoded])
+        return positive, negative
+
+    def _sizes(
+        self, family: str, width: int, height: int
+    ) -> tuple[Sequence[float], Sequence[float]] | None:
+        """What SDXL is told: the size, what is cut off, and the size again; its refiner is told how
+        good the picture is to be."""
+        settings = self.settings
+        size = (height, width, settings.sdxl_crop_top, settings.sdxl_crop_left)
+        if family == SDXL:
+            return (*size, height, width), (*size, height, width)
+        if family == REFINER:
+            high = settings.sdxl_refiner_high_aesthetic_score
+            return (*size, high), (*size, settings.sdxl_refiner_low_aesthetic_score)
+        return None
+
+    def _batch_size(self, start: _Start | None) -> int:
+        """Several pictures to start from are one batch, as in the webui."""
+        given = len(self.params.init_images)
+        return given if start is not None and given > 1 else self.params.batch_size
+
+    def _start(self, checkpoint: Checkpoint) -> _Start:
+        params, settings = self.params, self.settings
+        inpainting = None
+        pictures, overlays, encoded = [], [], []
+        for number, text in enumerate(params.init_images):
+            field = f"init_images[{number}]"
+            picture = on_ground(
+                read_picture(text, field),
+                settings.img2img_background_color,
+                "override_settings.img2img_background_color",
+            )
+            if number == 0:
+                inpainting = self._inpainting(picture.size)
+            if inpainting is None or inpainting.paste is None:
+                picture = self._fitted(picture, field)
+            if inpainting is not None:
+                kept = picture
+                if inpainting.paste is None:
+                    kept = fit(picture, params.width, params.height, 0)
+                overlays.append(masks.overlay_of(kept, inpainting))
+                if inpainting.paste is not None:
+                    picture = fit(picture.crop(inpainting.paste), params.width, params.height, 2)
+                if params.inpainting_fill != 1:
+                    picture = masks.filled(picture, inpainting.mask.resize(picture.size))
+            pictures.append(picture)
+            encoded.append(self._encode(picture))
+        count = params.batch_size if len(pictures) == 1 else len(pictures)
+        size = (params.height // 8, params.width // 8)
+        latents = torch.cat(encoded)
+        if latents.shape[2:] != size:
+            latents = torch.nn.functional.interpolate(latents, size, mode="bilinear")
+        if len(pictures) == 1:
+            latents = latents.expand(count, -1, -1, -1)
+            pictures, overlays = pictures * count, overlays * count
+        mask = None
+        if inpainting is not None:
+            mask = self._latent_mask(inpainting, latents)
+            latents = mask.init
+        beside = None
+        if checkpoint.kind.inpainting:
+            beside = self._beside(pictures, inpainting, latents)
+        paste = inpainting.paste if inpainting else None
+        return _Start(latents, mask, beside, overlays, paste, pictures)
+
+    def _fitted(self, picture: Image.Image, field: str) -> Image.Image:
+        """As `resize_mode` says; in mode 3 it is the latents that are resized."""
+        params = self.params
+        if params.resize_mode != 3:
+            return fit(picture, params.width, params.height, params.resize_mode)
+        if min(picture.size) < 8 or max(picture.size) > LARGEST_SIDE:
+            raise JobFailure(
+                f"{field}: got {picture.width}x{picture.height} pixels, allowed in resize_mode 3"
+                f" are sides from 8 to {LARGEST_SIDE}"
+            )
+        return picture
+
+    def _inpainting(self, size: tuple[int, int]) -> masks.Inpainting | None:
+        """`size`: of the picture that the mask belongs to."""
+        params = self.params
+        if not params.mask:
+            return None
+        mask = read_picture(params.mask, "mask")
+        inpainting = masks.prepare(
+            mask if mask.size == size else mask.resize(size),
+            (params.width, params.height),
+            invert=params.inpainting_mask_invert,
+            blur=params.blur,
+            whole=not params.inpaint_full_res,
+            padding=params.inpaint_full_res_padding,
+            resize_mode=params.resize_mode % 3,  # in mode 3 the picture is stretched, in the end
+        )
+        if inpainting is None:
+            self._warn("mask: nothing in it is masked, so the whole picture was painted anew")
+            return None
+        if params.inpainting_mask_invert:
+            self.extra["Mask mode"] = "Inpaint not masked"
+        blur_x, blur_y = params.blur
+        if blur_x or blur_y:
+            self.extra["Mask blur"] = blur_x if blur_x == blur_y else f"{blur_x}x{blur_y}"
+        if params.inpaint_full_res:
+            self.extra["Inpaint area"] = "Only masked"
+            self.extra["Masked area padding"] = params.inpaint_full_res_padding
+        content = ("fill", None, "latent noise", "latent nothing")[params.inpainting_fill]
+        if content:
+            self.extra["Masked content"] = content
+        return inpainting
+
+    def _latent_mask(self, inpainting: masks.Inpainting, latents: Tensor) -> Mask:
+        height, width = latents.shape[2:]
+        small = inpainting.mask.convert("RGB").resize((width, height))
+        painted = np.around(np.asarray(small, np.float32)[..., 0] / 255)
+        keep = (1 - torch.from_numpy(painted)).to(latents).expand_as(latents)
+        if self.params.inpainting_fill == 2:
+            seeds, _ = all_seeds(self.params, len(latents))
+            drawn = Noise(tuple(latents.shape[1:]), seeds[: len(latents)], latents.device).first()  # type: ignore[arg-type]
+            latents = latents * keep + drawn * (1 - keep)
+        elif self.params.inpainting_fill == 3:
+            latents = latents * keep
+        return Mask(latents, keep)
+
+    def _beside(
+        self,
+        pictures: Sequence[Image.Image],
+        inpainting: masks.Inpainting | None,
+        latents: Tensor,
+    ) -> Tensor:
+        """What inpainting models see: the mask, and the picture without what is masked."""
+        rows = []
+        for picture in pictures:
+            pixels = _pixels(picture)
+            masked = torch.ones_like(pixels[:, :1])
+            if inpainting is not None:
+                levels = np.asarray(inpainting.mask.convert("L").resize(picture.size), np.float32)
+                masked = torch.from_numpy(levels / 255).round()[None, None]
+            weight = self.settings.inpainting_mask_weight
+            seen = torch.lerp(pixels, pixels * (1 - masked), weight)
+            small = torch.nn.functional.interpolate(masked, latents.shape[2:])
+            encoded = self._encode_pixels(seen)
+            if encoded.shape[2:] != latents.shape[2:]:
+                encoded = torch.nn.functional.interpolate(encoded, latents.shape[2:])
+            rows.append(torch.cat([small.to(latents), encoded], 1))
+        self.extra["Conditional mask weight"] = self.settings.inpainting_mask_weight
+        return torch.cat(rows)
+
+    def _nothing_beside(self, run: _Pass, count: int) -> Tensor:
+        """For an inpainting model that paints everything: all is masked, nothing is seen."""
+        grey = self._encode_pixels(torch.zeros(1, 3, run.height, run.width))
+        row = torch.cat([torch.ones_like(grey[:, :1]), grey], 1)
+        self.extra["Conditional mask weight"] = self.settings.inpainting_mask_weight
+        return row.expand(count, -1, -1, -1)
+
+    def _source(self) -> Image.Image | None:
+        """The picture that a ControlNet unit without one of its own looks at."""
+        if not self.params.init_images:
+            return None
+        return read_picture(self.params.init_images[0], "init_images[0]").convert("RGB")
+
+    # The VAE
+
+    def _encode(self, picture: Image.Image) -> Tensor:
+        """(1, 4, height / 8, width / 8)"""
+        return self._encode_pixels(_pixels(picture))
+
+    @torch.no_grad()
+    def _encode_pixels(self, pixels: Tensor) -> Tensor:
+        """The middle of what the VAE gives, so that no seed has a part in it. `pixels`: -1 to 1."""
+        vae = self.vae
+        with self.plan.studio.vae_lock:
+            self._tile_vae()
+            latents: Tensor = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
+        return latents.float() * float(vae.config.scaling_factor)
+
+    @torch.no_grad()
+    def _decode(self, latents: Tensor) -> Image.Image:
+        vae = self.vae
+        scaled = latents / vae.config.scaling_factor
+        with self.plan.studio.vae_lock:
+            self._tile_vae()
+            pixels: Tensor = vae.decode(scaled.to(vae.dtype), return_dict=False)[0]
+            if not torch.isfinite(pixels).all() and vae.dtype == torch.float16:
+                vae.float()  # some VAEs leave the range of halves; this one stays in full precision
+                pixels = vae.decode(scaled.float(), return_dict=False)[0]
+        unit = (pixels[0].float() * 0.5 + 0.5).clamp(0, 1)
+        rows = (unit * 255).round().to("cpu", torch.uint8).permute(1, 2, 0).numpy()
+        return Image.fromarray(rows)
+
+    def _tile_vae(self) -> None:
+        if getattr(self.vae, "tiles", False) != self.params.tiling:
+            set_tiling(self.vae, self.params.tiling)
+            self.vae.tiles = self.params.tiling
+
+    # Results
+
+    @property
+    def _format(self) -> Format:
+        settings, usual = self.settings, self.plan.studio.format
+        name = settings.samples_format.replace("jpeg", "jpg") or usual.name
+        return Format(name, settings.jpeg_quality, settings.webp_lossless)
+
+    def _finisher(
+        self, latents: Tensor, start: _Start | None, number: int, text: str, name: str
+    ) -> Callable[[], tuple[ResultImage, Image.Image | None]]:
+        form = self._format
+        notes = self._notes(text)
+
+        def finish() -> tuple[ResultImage, Image.Image | None]:
+            picture = self._decode(latents)
+            if start is not None and start.overlays:
+                picture = masks.lay_over(picture, start.overlays[number], start.paste)
+            image = ResultImage(name, form.media_type, pack(picture, notes, form))
+            return image, picture if self.settings.return_grid else None
+
+        return finish
+
+    def _with_grid(
+        self,
+        images: list[ResultImage],
+        pictures: Sequence[Image.Image | None],
+        texts: list[str],
+    ) -> tuple[list[ResultImage], list[str]]:
+        """The grid comes first, as in the webui."""
+        form = self._format
+        whole = grid([p for p in pictures if p is not None])
+        text = self._infotext(self.params.seed, self.params.subseed)
+        name = f"grid.{form.name}"
+        first = ResultImage(name, form.media_type, pack(whole, self._notes(text), form))
+        return [first, *images], [text, *texts]
+
+    def _notes(self, text: str) -> dict[str, str]:
+        return {"parameters": text} if self.settings.enable_pnginfo else {}
+
+    def _infotext(self, seed: int, subseed: int) -> str:
+        params = self.params
+        return infotext(
+            params.prompt,
+            params.negative_prompt,
+            self._fields(seed, subseed) | self.extra | self.plan.controls.infotext(),
+            version=self.settings.add_version_to_infotext,
+        )
+
+    def _fields(self, seed: int, subseed: int) -> dict[str, object]:
+        params, settings, plan = self.params, self.settings, self.plan
+        hashes, names = settings.add_model_hash_to_info, settings.add_model_name_to_info
+        varied = params.subseed_strength != 0
+        resized = params.seed_resize_from_w > 0 and params.seed_resize_from_h > 0
+        strength = params.denoising_strength if params.init_images or params.enable_hr else None
+        clip_skip = settings.CLIP_stop_at_last_layers
+        fields: dict[str, object] = {
             "Steps": params.steps,
             "Sampler": params.sampler.name,
             "CFG scale": params.cfg_scale,
             "Seed": seed,
             "Size": f"{params.width}x{params.height}",
-            "Model hash": checkpoint.short_hash,
-            "Model": checkpoint.name,
-            "Denoising strength": params.denoising_strength if task_type == "img2img" else None,
+            "Model hash": self._hash(plan.checkpoint)[:10] if hashes else None,
+            "Model": plan.checkpoint.stem if names else None,
+            "VAE hash": self._hash(plan.vae)[:10] if plan.vae and hashes else None,
+            "VAE": plan.vae.name if plan.vae and names else None,
+            "Variation seed": subseed if varied else None,
+            "Variation seed strength": params.subseed_strength if varied else None,
+            "Seed resize from": f"{params.seed_resize_from_w}x{params.seed_resize_from_h}"
+            if resized
+            else None,
+            "Denoising strength": strength,
             "Clip skip": clip_skip if clip_skip > 1 else None,
+            "ENSD": settings.eta_noise_seed_delta or None,
             "RNG": "CPU",
-        },
-    )
+            "NGMS": params.s_min_uncond or None,
+            "Tiling": "True" if params.tiling else None,
+        }
+        return fields | self._fields_of_sampling() | self._fields_of_passes() | self._hashes()
+
+    def _fields_of_sampling(self) -> dict[str, object]:
+        params, settings, sampler = self.params, self.settings, self.params.sampler
+        churns = sampler.churns
+        eta = params.eta if params.eta is not None else settings.eta_ancestral
+        ddim = sampler.name == "DDIM"
+        if ddim:
+            eta = params.eta if params.eta is not None else settings.eta_ddim
+        kind = settings.k_sched_type
+        return {
+            "Eta DDIM" if ddim else "Eta": eta
+            if sampler.uses_eta and eta not in (None, 0 if ddim else 1)
+            else None,
+            "Sigma churn": params.s_churn or None if churns else None,
+            "Sigma tmin": params.s_tmin or None if churns else None,
+            "Sigma tmax": params.s_tmax or None if churns and params.highest_churn < 1e9 else None,
+            "Sigma noise": params.s_noise if churns and params.s_noise != 1 else None,
+            "Schedule type": kind if kind.lower() != "automatic" else None,
+            "Schedule max sigma": settings.sigma_max or None,
+            "Schedule min sigma": settings.sigma_min or None,
+            "Schedule rho": settings.rho or None,
+            "Discard penultimate sigma": settings.always_discard_next_to_last_sigma or None,
+            "SGM noise multiplier": settings.sgm_noise_multiplier or None,
+            "Noise multiplier": params.noise_multiplier
+            if params.init_images and params.noise_multiplier != 1
+            else None,
+            "Extra noise": settings.img2img_extra_noise or None if params.init_images else None,
+            "Pad conds": settings.pad_cond_uncond or None,
+        }
+
+    def _fields_of_passes(self) -> dict[str, object]:
+        params, plan = self.params, self.plan
+        fields: dict[str, object] = {}
+        if params.enable_hr:
+            if plan.hr_checkpoint is not None:
+                fields["Hires checkpoint"] = self._title(plan.hr_checkpoint)
+            if params.hr_sampler.name != params.sampler.name:
+                fields["Hires sampler"] = params.hr_sampler.name
+            if params.hr_prompt and params.hr_prompt != params.prompt:
+                fields["Hires prompt"] = params.hr_prompt
+            if params.hr_negative_prompt != params.negative_prompt:
+                fields["Hires negative prompt"] = params.hr_negative_prompt
+            if params.hr_resize_x or params.hr_resize_y:
+                fields["Hires resize"] = f"{params.hr_resize_x}x{params.hr_resize_y}"
+            else:
+                fields["Hires upscale"] = params.hr_scale
+            fields["Hires steps"] = params.hr_second_pass_steps or None
+            fields["Hires upscaler"] = params.hr_upscaler
+        if plan.refiner is not None:
+            fields["Refiner"] = self._title(plan.refiner)
+            fields["Refiner switch at"] = params.refiner_switch_at
+        return fields
+
+    def _title(self, file: ModelFile) -> str:
+        return f"{file.stem} [{self._hash(file)[:10]}]"
+
+    def _hashes(self) -> dict[str, object]:
+        """Of networks and embeddings, in the form that the webui compares."""
+        networks = [file for file, _ in self.plan.networks]
+        loras = ", ".join(f"{stem_of(f.name)}: {self._network_hash(f)[:12]}" for f in networks)
+        words = ", ".join(f"{f.stem}: {self._hash(f)[:12]}" for f in self.plan.embeddings)
+        return {"Lora hashes": loras or None, "TI hashes": words or None}
+
+    def _hash(self, file: ModelFile) -> str:
+        return self.library.hashes.sha256(file.path)
+
+    def _network_hash(self, file: ModelFile) -> str:
+        noted = file.header.metadata.get("sshs_model_hash")
+        if noted:
+            return noted
+        if file.is_pickle:
+            return self._hash(file)
+        return self.library.hashes.of_tensors(file.path)
+
+    def _info(
+        self, texts: list[str], seeds: list[int], subseeds: list[int], with_grid: bool
+    ) -> dict[str, Any]:
+        """The fields of the webui's `Processed.js()`."""
+        params, plan = self.params, self.plan
+        count = len(seeds)
+        fields = self._fields_of_sampling() | self._fields_of_passes() | self._hashes() | self.extra
+        fields |= plan.controls.infotext()
+        return {
+            "prompt": params.prompt,
+            "all_prompts": [params.prompt] * count,
+            "negative_prompt": params.negative_prompt,
+            "all_negative_prompts": [params.negative_prompt] * count,
+            "seed": params.seed,
+            "all_seeds": seeds,
+            "subseed": params.subseed,
+            "all_subseeds": subseeds,
+            "subseed_strength": params.subseed_strength,
+            "width": params.width,
+            "height": params.height,
+            "sampler_name": params.sampler.name,
+            "cfg_scale": params.cfg_scale,
+            "steps": params.steps,
+            "batch_size": count // params.n_iter,
+            "restore_faces": False,
+            "face_restoration_model": None,
+            "sd_model_name": plan.checkpoint.stem,
+            "sd_model_hash": self._hash(plan.checkpoint)[:10],
+            "sd_vae_name": plan.vae.name if plan.vae else None,
+            "sd_vae_hash": self._hash(plan.vae)[:10] if plan.vae else None,
+            "seed_resize_from_w": params.seed_resize_from_w,
+            "seed_resize_from_h": params.seed_resize_from_h,
+            "denoising_strength": params.denoising_strength,
+            "extra_generation_params": {k: v for k, v in fields.items() if v is not None},
+            "index_of_first_image": int(with_grid),
+            "infotexts": texts,
+            "styles": [],
+            "job_timestamp": timestamp(datetime.now(UTC)),
+            "clip_skip": self.settings.CLIP_stop_at_last_layers,
+            "is_using_inpainting_conditioning": plan.kind.inpainting,
+        }
 
 
-def _info(
-    task_type: str, params: PaintingParams, checkpoint: LoadedCheckpoint, texts: list[str]
-) -> dict[str, Any]:
-    """The fields of the webui's `Processed.js()` that mean something here."""
-    count = len(texts)
-    seeds = [params.seed + number for number in range(count)]
-    return {
-        "prompt": params.prompt,
-        "all_prompts": [params.prompt] * count,
-        "negative_prompt": params.negative_prompt,
-        "all_negative_prompts": [params.negative_prompt] * count,
-        "seed": params.seed,
-        "all_seeds": seeds,
-        "subseed": params.seed,
-        "all_subseeds": seeds,
-        "subseed_strength": 0,
-        "width": params.width,
-        "height": params.height,
-        "sampler_name": params.sampler.name,
-        "cfg_scale": params.cfg_scale,
-        "steps": params.steps,
-        "batch_size": params.batch_size,
-        "sd_model_name": checkpoint.name,
-        "sd_model_hash": checkpoint.short_hash,
-        "denoising_strength": params.denoising_strength if task_type == "img2img" else None,
-        "extra_generation_params": {},
-        "index_of_first_image": 0,
-        "infotexts": texts,
-        "styles": [],
-        "job_timestamp": timestamp(datetime.now(UTC)),
-        "clip_skip": params.override_settings.CLIP_stop_at_last_layers,
-        "is_using_inpainting_conditioning": False,
-    }
+def all_seeds(params: PaintingParams, batch_size: int) -> tuple[list[int], list[int]]:
+    """The seeds and variation seeds of all pictures of a job, as the webui counts them."""
+    numbers = range(batch_size * params.n_iter)
+    varied = params.subseed_strength != 0
+    seeds = [params.seed + (0 if varied else number) for number in numbers]
+    return seeds, [params.subseed + number for number in numbers]
+
+
+def img2img_steps(steps: int, strength: float, all_steps: bool) -> tuple[int, int]:
+    """(steps of a whole run, how many of them, the last ones, are run)."""
+    if all_steps and strength > 0:
+        return min(MOST_STEPS, int(steps / min(strength, 0.999))), steps
+    return steps, int(min(strength, 0.999) * steps) + 1
+
+
+def _pixels(picture: Image.Image) -> Tensor:
+    """(1, 3, height, width), -1 to 1."""
+    levels = torch.from_numpy(np.array(picture.convert("RGB")))
+    return levels.permute(2, 0, 1)[None].float() / 127.5 - 1

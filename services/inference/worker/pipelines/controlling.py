@@ -1,0 +1,177 @@
+"""ControlNet: which networks a job asks for, the hints that they are given, and how they act."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from services.inference.worker.pipelines import JobFailure, hints
+from services.inference.worker.pipelines.denoising import Control
+from services.inference.worker.pipelines.library import Library, Models
+from services.inference.worker.pipelines.models.families import recognise
+from services.inference.worker.pipelines.models.files import ModelFile
+from services.inference.worker.pipelines.params.control import (
+    CONTROL_MODES,
+    RESIZE_MODES,
+    ControlUnit,
+)
+from services.inference.worker.pipelines.params.reading import short
+from services.inference.worker.pipelines.pictures.files import read_picture
+
+CONTROLNET = "ControlNet"
+BALANCED, PROMPT_FIRST, CONTROL_FIRST = range(3)
+SOFTENING = 0.825
+"""By so much each output acts more weakly than the one that is nearer to the middle, if it is to be
+soft; the outermost are thirteenth at most."""
+
+
+class _Unit(msgspec.Struct, frozen=True, eq=False):
+    unit: ControlUnit
+    file: ModelFile
+    picture: Image.Image | None
+    mask: Image.Image | None
+
+
+class Controls:
+    """The ControlNet units of one job."""
+
+    def __init__(
+        self, units: Sequence[ControlUnit], models: Models, library: Library, family: str
+    ) -> None:
+        """Raises JobFailure for a unit that can't act."""
+        self._library = library
+        self._units = [self._look_at(unit, models, family) for unit in units]
+        self._loaded: list[Any] = []
+        self._made: dict[tuple[int, int, bool], list[Control]] = {}
+
+    def _look_at(self, unit: ControlUnit, models: Models, family: str) -> _Unit:
+        where = f"alwayson_scripts.controlnet.args[{unit.number}]"
+        module = unit.module.lower()
+        if module not in hints.HINTS:
+            raise JobFailure(
+                f"{where}.module: {short(unit.module)} needs weights of its own or is not known;"
+                " put the finished hint into image and use none. Built in are"
+                f" {', '.join(hints.HINTS)}"
+            )
+        if unit.model.lower() in ("", "none"):
+            raise JobFailure(
+                f"{where}.model: got none, allowed is a checkpoint of type {CONTROLNET} that the"
+                f' job names in models: {{"{CONTROLNET}": ["NAME"]}}'
+            )
+        model = models.get(CONTROLNET, unit.model, f"{where}.model")
+        file = self._library.open(model.path, model.name)
+        kind = recognise(file.header)
+        if kind.type != CONTROLNET:
+            raise JobFailure(f"{where}.model: {file.name} is {kind.title}; a ControlNet is needed")
+        own = "darkroom.config" in file.header.metadata
+        if kind.family != family and not own:
+            raise JobFailure(
+                f"{where}.model: {file.name} is {kind.title}; the checkpoint is one of {family}"
+            )
+        if unit.guidance_start > unit.guidance_end:
+            raise JobFailure(f"{where}.guidance_start: allowed is what is not above guidance_end")
+        picture = read_picture(unit.picture, f"{where}.image") if unit.picture else None
+        mask = read_picture(unit.picture_mask, f"{where}.mask") if unit.picture_mask else None
+        return _Unit(unit, file, picture, mask)
+
+    def load(self) -> None:
+        self._loaded = [self._library.controlnet(one.file) for one in self._units]
+
+    def of(
+        self, width: int, height: int, source: Callable[[], Image.Image | None], *, hires: bool
+    ) -> list[Control]:
+        """The units for pictures of a size. `source`: the picture for units without one of their
+        own. `hires`: for the second pass. Raises JobFailure if there is no picture."""
+        key = width, height, hires
+        if key not in self._made:
+            self._made[key] = [
+                self._control(one, number, width, height, source, hires)
+                for number, one in enumerate(self._units)
+            ]
+        return self._made[key]
+
+    def _control(
+        self,
+        one: _Unit,
+        number: int,
+        width: int,
+        height: int,
+        source: Callable[[], Image.Image | None],
+        hires: bool,
+    ) -> Control:
+        unit, model = one.unit, self._loaded[number]
+        picture = one.picture or source()
+        if picture is None:
+            raise JobFailure(
+                f"alwayson_scripts.controlnet.args[{unit.number}].image: got none,"
+                " allowed is a picture in base64"
+            )
+        outputs = len(model.controlnet_down_blocks) + 1
+        # The extension holds back edges on the second pass, where they are finer.
+        soft = unit.control_mode != BALANCED or (hires and "canny" in unit.module.lower())
+        return Control(
+            model=model,
+            hint=self._hint(one, picture, width, height),
+            scales=scales(unit.weight, soft, outputs),
+            start=unit.guidance_start,
+            end=unit.guidance_end,
+            on_negative=unit.control_mode != CONTROL_FIRST
+            and not model.config.global_pool_conditions,
+        )
+
+    def _hint(self, one: _Unit, picture: Image.Image, width: int, height: int) -> Tensor:
+        """(1, 3, height, width), 0 to 1."""
+        unit = one.unit
+        module, mode = unit.module.lower(), int(unit.resize_mode)
+        resolution = unit.processor_res if unit.processor_res > 0 else hints.RESOLUTION
+        if unit.pixel_perfect:
+            resolution = hints.perfect_resolution(picture, width, height, mode)
+        made = hints.make(picture, module, resolution, unit.threshold_a, unit.threshold_b)
+        levels = torch.from_numpy(hints.fit_hint(made, width, height, mode).copy())
+        hint = levels.permute(2, 0, 1)[None].float() / 255
+        if module in hints.MASKED and one.mask is not None:
+            mask = np.asarray(one.mask.convert("RGB"))
+            masked = torch.from_numpy(hints.fit_hint(mask, width, height, mode)[..., 0] > 127)
+            hint = torch.where(masked[None, None], torch.tensor(-1.0), hint)
+        return hint.to(self._library.place.device)
+
+    def infotext(self) -> dict[str, object]:
+        """A field per unit, as the extension writes them."""
+        return {
+            f"ControlNet {one.unit.number}": ", ".join(
+                f"{name}: {value}" for name, value in self._told(one).items() if value is not None
+            )
+            for one in self._units
+        }
+
+    def _told(self, one: _Unit) -> dict[str, object]:
+        unit = one.unit
+        short_hash = self._library.hashes.sha256(one.file.path)[:8]
+        resizes = hints.HINTS[unit.module.lower()].resizes
+        return {
+            "Module": unit.module,
+            "Model": f"{one.file.stem} [{short_hash}]",
+            "Weight": unit.weight,
+            "Resize Mode": RESIZE_MODES[int(unit.resize_mode)],
+            "Low Vram": False,
+            "Processor Res": unit.processor_res if resizes and unit.processor_res > 0 else None,
+            "Threshold A": unit.threshold_a if unit.threshold_a >= 0 else None,
+            "Threshold B": unit.threshold_b if unit.threshold_b >= 0 else None,
+            "Guidance Start": unit.guidance_start,
+            "Guidance End": unit.guidance_end,
+            "Pixel Perfect": unit.pixel_perfect,
+            "Control Mode": CONTROL_MODES[int(unit.control_mode)],
+        }
+
+
+def scales(weight: float, soft: bool, outputs: int) -> list[float]:
+    """How strongly each output of a ControlNet acts, from the outermost to the middle."""
+    if not soft:
+        return [weight] * outputs
+    return [weight * SOFTENING ** (12 - number) for number in range(outputs)]

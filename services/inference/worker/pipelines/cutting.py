@@ -1,0 +1,268 @@
+"""rembg: takes a picture's background away with an ONNX model from the registry.
+
+The library would fetch a model that it lacks, and two of its sessions send pictures to somebody's
+cloud. Here a session is one of a list, and its models are the files that the job names.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageColor
+
+from services.inference.worker.pipelines import (
+    Aside,
+    JobFailure,
+    Report,
+    Result,
+    ResultImage,
+    Work,
+)
+from services.inference.worker.pipelines.library import Library, Models, Shelved, receipt
+from services.inference.worker.pipelines.models.files import identity_of
+from services.inference.worker.pipelines.params.cutting import CuttingParams, parse_cutting
+from services.inference.worker.pipelines.params.reading import printable, short
+from services.inference.worker.pipelines.pictures.files import Format, pack, read_picture
+from services.inference.worker.pipelines.pictures.infotext import VERSION, param_json
+from services.inference.worker.pipelines.stopwatch import Stopwatch
+from shared.contracts.inference import RunJob
+
+MODEL_TYPE = "rembg"
+SAM = "sam"
+CUSTOM = ("u2net_custom", "dis_custom", "ben_custom")
+"""Sessions for models of anybody's making: any file that the job names will do."""
+SESSIONS = (
+    "u2net",
+    "u2netp",
+    "u2net_human_seg",
+    "u2net_cloth_seg",
+    "silueta",
+    "isnet-general-use",
+    "isnet-anime",
+    "birefnet-general",
+    "birefnet-general-lite",
+    "birefnet-general-fp16",
+    "birefnet-portrait",
+    "birefnet-dis",
+    "birefnet-hrsod",
+    "birefnet-cod",
+    "birefnet-massive",
+    "bria-rmbg",
+    SAM,
+    *CUSTOM,
+)
+VITMATTE = "vitmatte-small-distinctions-646"
+TIMES_ITS_FILE = 4
+"""Memory that a session takes, as a multiple of its file."""
+MAX_MATTING_PIXELS = 4_000_000
+"""Alpha matting solves a system with a row per pixel: above it takes minutes and gigabytes."""
+
+
+class CuttingPlan:
+    key: object = None
+
+    def __init__(
+        self, job: RunJob, body: bytes, files: Mapping[str, Path], library: Library, form: Format
+    ) -> None:
+        """Raises JobFailure."""
+        self.params, self.raw, self.warnings = parse_cutting(body)
+        self.library = library
+        self.format = Format() if form.name == "jpg" else form  # a cut-out is transparent
+        self.models = Models(job, files)
+        self.session_name, self.session_files = _choose(self.models, self.params)
+        self.vitmatte = _choose_vitmatte(self.models, self.params)
+        if not self.params.input_image:
+            raise JobFailure("input_image: got none, allowed is a picture in base64")
+        self.picture = read_picture(self.params.input_image, "input_image")
+        pixels = self.picture.width * self.picture.height
+        if self.params.alpha_matting and pixels > MAX_MATTING_PIXELS:
+            raise JobFailure(
+                f"alpha_matting: got a picture of {self.picture.width}x{self.picture.height},"
+                f" allowed are {MAX_MATTING_PIXELS} pixels in all"
+            )
+        self.ground = _color(self.params.bgcolor)
+
+    def work(self, report: Report) -> Work:
+        watch = Stopwatch()
+        report.step(0, 1)
+        with watch.stage("load"):
+            (session,) = yield Aside([self._session])
+        with watch.stage("render"):
+            (cut,) = yield Aside([lambda: self._remove(session)])
+        report.step(1, 1)
+        with watch.stage("save"):
+            name = f"image_0.{self.format.name}"
+            notes = {"parameters": f"rembg: {self.session_name}, Version: {VERSION}"}
+            image = ResultImage(name, self.format.media_type, pack(cut, notes, self.format))
+        info = {
+            "model": self.session_name,
+            "file": self.session_files[0].name,
+            "width": cut.width,
+            "height": cut.height,
+        }
+        raw = printable({**self.raw, "model": self.session_name})
+        answer = param_json(raw, info, [name], receipt(self.models, self.library))
+        return Result([image], answer, watch.seconds, self.warnings)
+
+    def _session(self) -> Any:
+        paths = [file.path for file in self.session_files]
+        key = ("rembg", self.session_name, *map(identity_of, paths))
+        size = sum(path.stat().st_size for path in paths) * TIMES_ITS_FILE
+        return self.library.shelf.get(key, size, lambda: self._open(paths))
+
+    def _open(self, paths: list[Path]) -> Any:
+        from rembg.sessions import sessions  # compiles for a minute on its very first import
+
+        # Never a download: the session's models are our files, whatever the library would look for.
+        found: Any = [str(path) for path in paths] if len(paths) > 1 else str(paths[0])
+        from_files = classmethod(lambda cls, *args, **kwargs: found)
+        kind = type(
+            self.session_name, (sessions[self.session_name],), {"download_models": from_files}
+        )
+        try:
+            return kind(self.session_name, _options(), model_path=str(paths[0]))
+        except Exception as error:
+            # onnxruntime has a dozen exception types without a common one of its own.
+            name = self.session_files[0].name
+            raise JobFailure(
+                f"broken checkpoint: {name} is no ONNX model: {_line(error)}"
+            ) from error
+
+    def _remove(self, session: Any) -> Image.Image:
+        from rembg import remove
+
+        params = self.params
+        more: dict[str, Any] = {}
+        if params.sam_prompt:
+            more["sam_prompt"] = params.marks
+        if params.cloth_category:
+            more["cloth_category"] = params.cloth_category
+        if self.vitmatte is not None:
+            self._put_vitmatte_in_place(self.vitmatte)
+            more |= {
+                "vitmatte": True,
+                "vitmatte_model": self.vitmatte.stem.removeprefix("vitmatte-"),
+            }
+        try:
+            cut: Image.Image = remove(
+                self.picture,
+                session=session,
+                only_mask=params.only_mask or params.return_mask,
+                post_process_mask=params.post_process_mask,
+                alpha_matting=params.alpha_matting,
+                alpha_matting_foreground_threshold=params.alpha_matting_foreground_threshold,
+                alpha_matting_background_threshold=params.alpha_matting_background_threshold,
+                alpha_matting_erode_size=params.alpha_matting_erode_size,
+                decontaminate=params.decontaminate,
+                putalpha=params.putalpha,
+                bgcolor=self.ground,
+                **more,
+            )
+        except MemoryError:
+            raise
+        except Exception as error:
+            # Another model than the session's fails in onnxruntime or, by its output, after it.
+            names = [self.session_files[0].name, *([self.vitmatte.name] if self.vitmatte else [])]
+            raise JobFailure(
+                f"{' or '.join(names)} is no model for this session: {_line(error)}"
+            ) from error
+        return cut
+
+    def _put_vitmatte_in_place(self, model: Shelved) -> None:
+        """Where the library would keep what it had fetched."""
+        import onnxruntime
+        from rembg import matting
+
+        variant = model.stem.removeprefix("vitmatte-")
+        if variant not in matting._sessions:
+            try:
+                matting._sessions[variant] = onnxruntime.InferenceSession(
+                    str(model.path), _options(), providers=["CPUExecutionProvider"]
+                )
+            except Exception as error:
+                raise JobFailure(
+                    f"broken checkpoint: {model.name} is no ONNX model: {_line(error)}"
+                ) from error
+
+
+def _options() -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    if "OMP_NUM_THREADS" in os.environ:
+        options.intra_op_num_threads = int(os.environ["OMP_NUM_THREADS"])
+    return options
+
+
+def _choose(models: Models, params: CuttingParams) -> tuple[str, list[Shelved]]:
+    """The session and the files for it: that of `model`, else that of the first file named."""
+    given = [model for model in models.of(MODEL_TYPE) if not model.stem.startswith("vitmatte-")]
+    name = params.model.removesuffix(".onnx")
+    if not name:
+        name = next((m.stem for m in given), "")
+        name = SAM if name.startswith("sam_") else name
+    if not name:
+        raise JobFailure(
+            "the job names no checkpoint of type rembg in models; upload u2net.onnx, say, and name"
+            ' it: {"rembg": ["u2net.onnx"]}'
+        )
+    if name not in SESSIONS:
+        raise JobFailure(f"model: got {short(name)}, allowed is one of {', '.join(SESSIONS)}")
+    if name == SAM:
+        return name, _sam_files(models, given)
+    found = given[:1] if name in CUSTOM else [model for model in given if model.stem == name]
+    if not found:
+        raise JobFailure(
+            f"model {name} needs the checkpoint {name}.onnx of type rembg: upload it and name it in"
+            f' models: {{"rembg": ["{name}.onnx"]}}'
+        )
+    return name, [models.use(found[0])]
+
+
+def _sam_files(models: Models, given: list[Shelved]) -> list[Shelved]:
+    parts = [
+        next((model for model in given if f".{part}" in model.name), None)
+        for part in ("encoder", "decoder")
+    ]
+    if parts[0] is None or parts[1] is None:
+        raise JobFailure(
+            "model sam needs two checkpoints of type rembg: name both in models, such as"
+            ' {"rembg": ["sam_vit_b_01ec64.encoder.onnx", "sam_vit_b_01ec64.decoder.onnx"]}'
+        )
+    return [models.use(part) for part in parts if part]
+
+
+def _choose_vitmatte(models: Models, params: CuttingParams) -> Shelved | None:
+    if not params.vitmatte:
+        return None
+    wanted = f"vitmatte-{params.vitmatte_model}" if params.vitmatte_model else VITMATTE
+    found = models.find(MODEL_TYPE, wanted)
+    if found is None:
+        raise JobFailure(
+            f"vitmatte needs the checkpoint {short(wanted)[1:-1]}.onnx of type rembg: upload it and"
+            " name it in models beside the other one"
+        )
+    return found
+
+
+def _line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
+
+
+def _color(given: list[int] | str | None) -> tuple[int, int, int, int] | None:
+    """[r, g, b], [r, g, b, a] or a name or #rrggbb -> RGBA."""
+    if given is None or given == "":
+        return None
+    if isinstance(given, list):
+        red, green, blue, *alpha = given
+        return (red, green, blue, alpha[0] if alpha else 255)
+    try:
+        red, green, blue, opacity = ImageColor.getcolor(given, "RGBA")  # type: ignore[misc]
+    except ValueError:
+        raise JobFailure(
+            f"bgcolor: got {short(given)}, allowed is a color such as #ffffff or [255, 255, 255]"
+        ) from None
+    return (red, green, blue, opacity)

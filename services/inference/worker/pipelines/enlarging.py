@@ -1,0 +1,342 @@
+"""extra-single-image: pictures enlarged, by interpolation or by an upscaler from the registry."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import sys
+import types
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from services.inference.worker.pipelines import (
+    Aside,
+    JobFailure,
+    Report,
+    Result,
+    ResultImage,
+    Work,
+)
+from services.inference.worker.pipelines.library import Library, Models, receipt
+from services.inference.worker.pipelines.memory import is_out_of_memory
+from services.inference.worker.pipelines.models.files import ModelFile
+from services.inference.worker.pipelines.params.enlarging import EnlargingParams, parse_enlarging
+from services.inference.worker.pipelines.params.reading import printable, short
+from services.inference.worker.pipelines.pictures.files import (
+    Format,
+    notes_of,
+    pack,
+    read_picture,
+)
+from services.inference.worker.pipelines.pictures.infotext import fields_text, param_json
+from services.inference.worker.pipelines.stopwatch import Stopwatch
+from shared.contracts.inference import RunJob
+
+UPSCALER = "Upscaler"
+MOST_PIXELS = 100_000_000
+MOST_ON_THE_WAY = 400_000_000
+"""Pixels that a model may make before they are reduced to what was asked for: 16 bytes each."""
+TILE, OVERLAP = 192, 8
+"""Pixels: what an upscaler is given at once, and how much of it neighbours share."""
+BY_PIXELS = {"Lanczos": Image.Resampling.LANCZOS, "Nearest": Image.Resampling.NEAREST}
+
+
+Enlargement = Generator[float, None, Image.Image]
+"""Yields how much is done, 0 to 1, and returns the picture."""
+
+
+class Upscaler(msgspec.Struct, frozen=True, eq=False):
+    """`file` is None for one that only interpolates."""
+
+    name: str
+    library: Library
+    resampling: Image.Resampling = Image.Resampling.LANCZOS
+    file: ModelFile | None = None
+
+    def by_factor(self, picture: Image.Image, factor: float) -> Enlargement:
+        """A model whose own factor is smaller makes up to three passes over the picture. Raises
+        JobFailure for a pass that would take too much memory."""
+        width, height = round(picture.width * factor), round(picture.height * factor)
+        if self.file is not None:
+            model = self._model(self.file)
+            passes = _passes(factor, int(model.scale))
+            for number in range(passes):
+                if picture.width >= width and picture.height >= height:
+                    break
+                self._check_room(picture, int(model.scale))
+                whole = _pass(picture, model, self.library.place.device)
+                picture = yield from _as_share(whole, number, passes)
+                if model.scale == 1:
+                    break
+        return _resized(picture, (width, height), self.resampling)
+
+    def to_size(self, picture: Image.Image, width: int, height: int) -> Image.Image:
+        """Enlarged as far as one side needs it, then stretched to the size."""
+        factor = max(width / picture.width, height / picture.height)
+        if factor > 1:
+            run = self.by_factor(picture, factor)
+            while isinstance(done := _next(run), float):
+                pass
+            picture = done
+        return _resized(picture, (width, height), Image.Resampling.LANCZOS)
+
+    def _check_room(self, picture: Image.Image, scale: int) -> None:
+        pixels = picture.width * picture.height * scale**2
+        if pixels > MOST_ON_THE_WAY:
+            raise JobFailure(
+                f"{self.name} makes a picture of {picture.width}x{picture.height} {scale} times as"
+                f" large: {pixels // 1_000_000} million pixels, allowed are"
+                f" {MOST_ON_THE_WAY // 1_000_000} million"
+            )
+
+    def _model(self, file: ModelFile) -> Any:
+        return self.library.shelf.get(
+            ("upscaler", file.identity()),
+            file.size,
+            lambda: load_upscaler(file, self.library.place.device),
+        )
+
+
+def find_upscaler(
+    name: str, field: str, models: Models, library: Library, others: Sequence[str] = ()
+) -> Upscaler:
+    """Lanczos, Nearest or None, else a checkpoint of type Upscaler that the job names. `others`:
+    names that the caller knows. Raises JobFailure."""
+    for known, resampling in BY_PIXELS.items():
+        if name.lower() == known.lower():
+            return Upscaler(known, library, resampling)
+    if name.lower() in ("", "none"):
+        return Upscaler("None", library)
+    found = models.find(UPSCALER, name)
+    if found is None:
+        named = ", ".join(model.stem for model in models.of(UPSCALER)) or "none"
+        known = ", ".join([*others, *BY_PIXELS, "None"])
+        raise JobFailure(
+            f"{field}: got {short(name)}, allowed is one of {known}, or a checkpoint"
+            f' of type {UPSCALER} that the job names in models: {{"{UPSCALER}": ["NAME"]}}'
+            f" (it names {named})"
+        )
+    return Upscaler(found.stem, library, file=library.open(found.path, found.name))
+
+
+def load_upscaler(file: ModelFile, device: torch.device) -> Any:
+    """Whatever spandrel knows by its tensors that enlarges pictures (ESRGAN and its kin, SwinIR,
+    …). Raises JobFailure."""
+    spandrel = _import_spandrel()
+    try:
+        tensors = spandrel.canonicalize_state_dict(file.read())
+        model = spandrel.ModelLoader(device).load_from_state_dict(tensors)
+    except spandrel.UnsupportedModelError:
+        raise JobFailure(f"{file.name} is no upscaler of a form that is known here") from None
+    except Exception as error:
+        # A file that has the right names may make the library stumble anywhere.
+        if isinstance(error, JobFailure) or is_out_of_memory(error):
+            raise
+        line = next(iter(str(error).splitlines()), type(error).__name__)[:200]
+        raise JobFailure(f"broken checkpoint: {file.name}: {line}") from error
+    if not isinstance(model, spandrel.ImageModelDescriptor) or model.purpose not in (
+        "SR",
+        "Restoration",
+    ):
+        raise JobFailure(f"{file.name} ({model.architecture.name}) does not enlarge pictures")
+    if (model.input_channels, model.output_channels) != (3, 3):
+        raise JobFailure(f"{file.name} is for pictures without colors")
+    return model.eval()
+
+
+def _import_spandrel() -> Any:
+    """spandrel imports torchvision for two architectures that enlarge nothing. Its wheels fit one
+    build of torch each, so it is not installed: an empty one stands in."""
+    if "spandrel" not in sys.modules and importlib.util.find_spec("torchvision") is None:
+        names = ("torchvision", "torchvision.transforms", "torchvision.transforms.functional")
+        stand_ins = [types.ModuleType(name) for name in names]
+        for name in ("InterpolationMode", "rotate", "normalize"):
+            setattr(stand_ins[-1], name, None)
+        sys.modules |= zip(names, stand_ins, strict=True)
+        try:
+            return importlib.import_module("spandrel")
+        finally:
+            for name in names:
+                del sys.modules[name]
+    return importlib.import_module("spandrel")
+
+
+def _resized(
+    picture: Image.Image, size: tuple[int, int], resampling: Image.Resampling
+) -> Image.Image:
+    return picture if picture.size == size else picture.resize(size, resampling)
+
+
+def _next(run: Enlargement) -> float | Image.Image:
+    """How much is done, or the picture."""
+    try:
+        return next(run)
+    except StopIteration as end:
+        picture: Image.Image = end.value
+        return picture
+
+
+def _as_share(run: Enlargement, number: int, count: int) -> Enlargement:
+    """One of several runs, as a part of the whole."""
+    while isinstance(done := _next(run), float):
+        yield (number + done) / count
+    return done
+
+
+def _passes(factor: float, scale: int) -> int:
+    return max(1, min(3, math.ceil(math.log(factor) / math.log(scale) - 1e-9))) if scale > 1 else 1
+
+
+def _pass(picture: Image.Image, model: Any, device: torch.device) -> Enlargement:
+    """One pass of a model over a picture, tile by tile; where tiles overlap, they are blended."""
+    alpha = picture.getchannel("A") if picture.mode == "RGBA" else None
+    pixels = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255
+    scale = int(model.scale)
+    tiles = list(_tiles(picture.width, picture.height))
+    _, height, width = pixels.shape
+    total = torch.zeros(3, height * scale, width * scale)
+    weight = torch.zeros(1, height * scale, width * scale)
+    for number, (left, top, right, bottom) in enumerate(tiles):
+        tile = pixels[:, top:bottom, left:right]
+        enlarged = _enlarge(model, tile[None].to(device))[0].float().cpu()
+        mask = _fading(enlarged.shape[1:], OVERLAP * scale)
+        rows = slice(top * scale, top * scale + enlarged.shape[1])
+        columns = slice(left * scale, left * scale + enlarged.shape[2])
+        total[:, rows, columns] += enlarged * mask
+        weight[:, rows, columns] += mask
+        yield (number + 1) / len(tiles)
+    levels = total.div_(weight).clamp_(0, 1).mul_(255).round_().to(torch.uint8)
+    result = Image.fromarray(levels.permute(1, 2, 0).numpy())
+    if alpha is not None:
+        result.putalpha(alpha.resize(result.size, Image.Resampling.LANCZOS))
+    return result
+
+
+@torch.no_grad()
+def _enlarge(model: Any, tile: Tensor) -> Tensor:
+    enlarged: Tensor = model(tile)
+    return enlarged
+
+
+def _tiles(width: int, height: int) -> Iterator[tuple[int, int, int, int]]:
+    for top in _starts(height):
+        for left in _starts(width):
+            yield left, top, min(left + TILE, width), min(top + TILE, height)
+
+
+def _starts(length: int) -> list[int]:
+    if length <= TILE:
+        return [0]
+    count = -(-(length - OVERLAP) // (TILE - OVERLAP))
+    return [round(number * (length - TILE) / (count - 1)) for number in range(count)]
+
+
+def _fading(shape: tuple[int, ...] | torch.Size, border: int) -> Tensor:
+    """1 in the middle, less towards the borders, never 0."""
+    ramps = []
+    for length in shape:
+        steps = torch.arange(length)
+        near = torch.minimum(steps, length - 1 - steps) + 1
+        ramps.append((near / border).clamp(max=1.0))
+    return (ramps[0][:, None] * ramps[1][None])[None]
+
+
+class EnlargingPlan:
+    key: object = None
+
+    def __init__(
+        self,
+        job: RunJob,
+        body: bytes,
+        files: Mapping[str, Path],
+        library: Library,
+        form: Format,
+    ) -> None:
+        """Raises JobFailure."""
+        self.params, self.raw, self.warnings = parse_enlarging(body)
+        self.library, self.format = library, form
+        self.models = Models(job, files)
+        if not self.params.image:
+            raise JobFailure("image: got none, allowed is a picture in base64")
+        self.picture = read_picture(self.params.image, "image")
+        self.notes = notes_of(self.params.image)
+        self.upscalers = [find_upscaler(self.params.upscaler_1, "upscaler_1", self.models, library)]
+        if self.params.extras_upscaler_2_visibility > 0:
+            second = find_upscaler(self.params.upscaler_2, "upscaler_2", self.models, library)
+            if second.name != "None" and self.upscalers[0].name != "None":
+                self.upscalers.append(second)
+            elif second.name != "None":
+                self.warnings.append("upscaler_2: no effect without upscaler_1")
+        self.factor = _factor(self.params, self.picture)
+
+    def work(self, report: Report) -> Work:
+        params, watch = self.params, Stopwatch()
+        results = []
+        for number, upscaler in enumerate(self.upscalers):
+            with watch.stage("render"):
+                results.append((yield from self._enlarged(upscaler, number, report)))
+        picture = results[0]
+        if len(results) > 1:
+            picture = Image.blend(picture, results[1], params.extras_upscaler_2_visibility)
+        with watch.stage("save"):
+            text = fields_text(self._fields())
+            notes = {**self.notes, "postprocessing": text}
+            name = f"image_0.{self.format.name}"
+            image = ResultImage(name, self.format.media_type, pack(picture, notes, self.format))
+        info = {"html_info": text, "width": picture.width, "height": picture.height}
+        answer = param_json(printable(self.raw), info, [name], receipt(self.models, self.library))
+        return Result([image], answer, watch.seconds, self.warnings)
+
+    def _enlarged(
+        self, upscaler: Upscaler, number: int, report: Report
+    ) -> Generator[Any, Any, Image.Image]:
+        if upscaler.name == "None":
+            return self.picture
+        run = upscaler.by_factor(self.picture, self.factor)
+        (done,) = yield Aside([lambda: _next(run)])
+        while isinstance(done, float):
+            report.step(round(100 * (number + done)), 100 * len(self.upscalers))
+            (done,) = yield Aside([lambda: _next(run)])
+        params = self.params
+        enlarged: Image.Image = done
+        if params.resize_mode == 1 and params.upscaling_crop:
+            size = (params.upscaling_resize_w, params.upscaling_resize_h)
+            left, top = (enlarged.width - size[0]) // 2, (enlarged.height - size[1]) // 2
+            enlarged = enlarged.crop((left, top, left + size[0], top + size[1]))
+        return enlarged
+
+    def _fields(self) -> dict[str, object]:
+        params = self.params
+        size = f"{params.upscaling_resize_w}x{params.upscaling_resize_h}"
+        to_size = params.resize_mode == 1
+        return {
+            "Postprocess upscale by": None if to_size else params.upscaling_resize,
+            "Postprocess upscale to": size if to_size else None,
+            "Postprocess crop to": size if to_size and params.upscaling_crop else None,
+            "Postprocess upscaler": self.upscalers[0].name,
+            "Postprocess upscaler 2": self.upscalers[1].name if len(self.upscalers) > 1 else None,
+        }
+
+
+def _factor(params: EnlargingParams, picture: Image.Image) -> float:
+    """Raises JobFailure for a result that is too large."""
+    factor = params.upscaling_resize
+    if params.resize_mode == 1:
+        factor = max(
+            params.upscaling_resize_w / picture.width, params.upscaling_resize_h / picture.height
+        )
+    pixels = picture.width * picture.height * factor**2
+    if pixels > MOST_PIXELS:
+        field = "upscaling_resize_w and _h" if params.resize_mode == 1 else "upscaling_resize"
+        raise JobFailure(
+            f"{field}: got a result of {pixels / 1e6:.0f} million pixels,"
+            f" allowed are {MOST_PIXELS // 1_000_000} million"
+        )
+    return factor

@@ -1,0 +1,194 @@
+"""All model files of a worker: opened, loaded when needed, kept while there is room."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from services.inference.worker.pipelines import JobFailure
+from services.inference.worker.pipelines.models import components
+from services.inference.worker.pipelines.models.checkpoints import Checkpoint, size_of_file
+from services.inference.worker.pipelines.models.components import Place
+from services.inference.worker.pipelines.models.embeddings import Embedding
+from services.inference.worker.pipelines.models.files import Hashes, ModelFile, identity_of
+from services.inference.worker.pipelines.models.networks import NetworkFile
+from services.inference.worker.pipelines.models.shelf import Shelf, memory_of
+from services.inference.worker.pipelines.prompts.encoding import Encodings
+from shared.contracts.inference import RunJob
+
+_LIBRARIES = ("torch", "diffusers", "transformers", "safetensors", "numpy", "pillow")
+_WEBUI_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".onnx")
+
+
+class Library:
+    """What is loaded takes up to half of the device's memory: the rest is for the pictures."""
+
+    def __init__(self, place: Place, cache: Path) -> None:
+        """`cache`: a folder for what is costly to find out again."""
+        self.place = place
+        self.hashes = Hashes(cache)
+        self.encodings = Encodings()
+        self.shelf = Shelf(memory_of(place.device) // 2, self._release)
+        self._headers: dict[tuple[object, ...], ModelFile] = {}
+
+    def open(self, path: Path, name: str) -> ModelFile:
+        """Its header alone. Raises JobFailure for what is no harmless, complete model file."""
+        key = (name, *identity_of(path))
+        if key not in self._headers:
+            if len(self._headers) >= 256:
+                self._headers.clear()
+            self._headers[key] = ModelFile(path, name)
+        return self._headers[key]
+
+    def checkpoint(self, file: ModelFile) -> Checkpoint:
+        size = size_of_file(file, self.place)
+        return self.shelf.get(
+            ("checkpoint", file.identity()), size, lambda: Checkpoint(file, self.place)
+        )
+
+    def vae(self, file: ModelFile, config: Mapping[str, Any]) -> Any:
+        """`config`: that of the checkpoint it is used with."""
+
+        def load() -> Any:
+            with file.reading(self.place.device) as tensors:
+                return components.load_vae(file, tensors, config, self.place)
+
+        size = size_of_file(file, self.place)
+        return self.shelf.get(("vae", file.identity()), size, load)
+
+    def controlnet(self, file: ModelFile) -> Any:
+        size = size_of_file(file, self.place)
+        return self.shelf.get(
+            ("controlnet", file.identity()),
+            size,
+            lambda: components.load_controlnet(file, self.place),
+        )
+
+    def network(self, file: ModelFile) -> NetworkFile:
+        return self.shelf.get(("network", file.identity()), file.size, lambda: NetworkFile(file))
+
+    def embedding(self, file: ModelFile) -> Embedding:
+        return self.shelf.get(("embedding", file.identity()), file.size, lambda: Embedding(file))
+
+    def forget(self) -> None:
+        """Gives all memory back, after the device had not enough of it."""
+        self.encodings.clear()
+        self.shelf.clear()
+        self._release()
+
+    def _release(self) -> None:
+        if self.place.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+class Shelved(msgspec.Struct, frozen=True):
+    """A model that a job names, and its file."""
+
+    type: str
+    name: str
+    path: Path
+
+    @property
+    def stem(self) -> str:
+        return stem_of(self.name)
+
+
+def stem_of(title: str) -> str:
+    """`folder/name.safetensors [0123456789]`, as the webui writes titles -> `name`."""
+    name = Path(title.split(" [")[0].strip().replace("\\", "/")).name
+    for suffix in _WEBUI_SUFFIXES:
+        if name.lower().endswith(suffix):
+            return name[: -len(suffix)]
+    return name
+
+
+class Models:
+    """The models of one job, found by the names that people use for them."""
+
+    def __init__(self, job: RunJob, files: Mapping[str, Path]) -> None:
+        self.all = [
+            Shelved(model.type, model.name, files[key])
+            for model in job.models
+            if (key := model.checkpoint_id or model.name) in files
+        ]
+        self.used: list[Shelved] = []
+
+    def of(self, type_: str) -> list[Shelved]:
+        return [model for model in self.all if model.type == type_]
+
+    def find(self, type_: str, title: str) -> Shelved | None:
+        """By its name, with or without suffix, folder and hash; in upper or lower case if it comes
+        to that."""
+        wanted = stem_of(title)
+        for same in (wanted, wanted.lower()):
+            for model in self.of(type_):
+                if (model.stem if same == wanted else model.stem.lower()) == same:
+                    return self.use(model)
+        return None
+
+    def get(self, type_: str, title: str, field: str) -> Shelved:
+        """Raises JobFailure if the job names none like this."""
+        found = self.find(type_, title)
+        if found is None:
+            known = ", ".join(model.name for model in self.of(type_)) or "none"
+            raise JobFailure(
+                f"{field}: {title[:60]} is no checkpoint of type {type_} that the job names;"
+                f' it names {known}. Name it in models: {{"{type_}": ["{title[:60]}"]}}'
+            )
+        return found
+
+    def use(self, model: Shelved) -> Shelved:
+        """Notes that it has a part in the result."""
+        if model not in self.used:
+            self.used.append(model)
+        return model
+
+
+def receipt(models: Models, library: Library, **more: object) -> dict[str, Any]:
+    """What it takes to make the same pictures again."""
+    return {
+        "weights": [
+            {
+                "type": model.type,
+                "name": model.name,
+                "bytes": model.path.stat().st_size,
+                "sha256": library.hashes.sha256(model.path),
+            }
+            for model in models.used
+        ],
+        "libraries": _versions(),
+        "device": describe(library.place),
+        **more,
+    }
+
+
+@lru_cache(1)
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in ("darkroom", *_LIBRARIES):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def describe(place: Place) -> dict[str, str]:
+    """The device by name and the precision of the weights on it."""
+    name = "CPU"
+    if place.device.type == "cuda":
+        name = torch.cuda.get_device_name(place.device)
+    return {
+        "name": name,
+        "type": place.device.type,
+        "precision": str(place.dtype).removeprefix("torch."),
+        "threads": str(torch.get_num_threads()) if place.device.type == "cpu" else "",
+        "host": os.uname().machine,
+    }

@@ -1,0 +1,325 @@
+"""UNets, VAEs, text encoders and ControlNets, filled with the tensors of a file.
+
+Every tensor is checked against the model's own list, so that a file with a missing or misshapen
+tensor is told apart from a fault of ours; none is ever made up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
+
+from services.inference.worker.pipelines import JobFailure
+from services.inference.worker.pipelines.models import layouts
+from services.inference.worker.pipelines.models.families import (
+    SDXL,
+    STANDARD,
+    TEXT_PREFIXES,
+    Configs,
+    controlnet_config,
+    recognise,
+)
+from services.inference.worker.pipelines.models.files import ModelFile
+from services.inference.worker.pipelines.models.layouts import Source, SourceOf
+
+TOKENIZER = Path(__file__).parent.parent / "tokenizer"
+
+Tensors = Mapping[str, Tensor]
+
+
+class Place(msgspec.Struct, frozen=True):
+    """Where models go, and in which precision."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+
+class TextEncoder(msgspec.Struct, frozen=True):
+    """`model`: gives hidden states and, with `pooled`, one vector per text. `penultimate`: its
+    last layer but one is used, and not normed. `skips`: follows the webui's "clip skip". `pad`: the
+    token that chunks are filled up with."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    pad: int
+    pooled: bool
+    penultimate: bool
+    skips: bool
+
+    @property
+    def core(self) -> Any:
+        """The transformer itself, which has the embeddings and the last norm."""
+        return getattr(self.model, "text_model", self.model)
+
+    @property
+    def width(self) -> int:
+        return int(self.model.config.hidden_size)
+
+
+def load_unet(file: ModelFile, tensors: Tensors, configs: Configs, place: Place) -> Any:
+    with _told(file.name, "unet"):
+        return _fill(
+            lambda: UNet2DConditionModel.from_config(configs.unet),
+            tensors,
+            layouts.unet_sources(configs.unet),
+            layouts.UNET,
+            place,
+        )
+
+
+def load_vae(file: ModelFile, tensors: Tensors, config: Mapping[str, Any], place: Place) -> Any:
+    """From a whole checkpoint, or from a file that is a VAE in either layout."""
+    source_of: SourceOf
+    if "encoder.conv_norm_out.weight" in file.header.shapes:
+        source_of, prefix = _same, ""
+    elif "encoder.conv_in.weight" in file.header.shapes:
+        source_of, prefix = layouts.vae_sources(config, ""), ""
+    else:
+        source_of, prefix = layouts.vae_sources(config), layouts.VAE
+    if config.get("force_upcast") and place.dtype == torch.float16:
+        place = Place(place.device, torch.float32)  # it leaves the range of halves
+    with _told(file.name, "vae"):
+        vae = _fill(
+            lambda: AutoencoderKL.from_config(dict(config)),
+            tensors,
+            source_of,
+            prefix or None,
+            place,
+        )
+    return vae
+
+
+def has_vae(file: ModelFile) -> bool:
+    return any(name.startswith(layouts.VAE) for name in file.header.shapes)
+
+
+def load_text_encoders(
+    file: ModelFile, tensors: Tensors, configs: Configs, family: str, place: Place
+) -> list[TextEncoder]:
+    """OpenAI's CLIP, OpenCLIP, or both, in this order."""
+    clip_prefix, open_clip_prefix = TEXT_PREFIXES[family]
+    encoders = []
+    if configs.text_encoder is not None:
+        with _told(file.name, "text_encoder"):
+            model = _fill(
+                _text_model(CLIPTextModel, configs.text_encoder),
+                _with_old_names(tensors, clip_prefix),
+                layouts.clip_sources(clip_prefix),
+                clip_prefix,
+                place,
+            )
+        tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER, local_files_only=True)
+        encoders.append(
+            TextEncoder(
+                "clip_l",
+                model,
+                tokenizer,
+                tokenizer.pad_token_id,
+                pooled=False,
+                penultimate=family == SDXL,
+                skips=family != SDXL,
+            )
+        )
+    if configs.text_encoder_2 is not None:
+        projected = f"{open_clip_prefix}text_projection" in file.header.shapes
+        pooled = configs.text_encoder is not None or family != "SD 2.x"
+        if pooled and not projected:
+            raise JobFailure(
+                f"broken checkpoint: the text_encoder_2 in {file.name} lacks its projection"
+            )
+        with _told(file.name, "text_encoder_2"):
+            kind = CLIPTextModelWithProjection if pooled else CLIPTextModel
+            model = _fill(
+                _text_model(kind, configs.text_encoder_2),
+                tensors,
+                layouts.open_clip_sources(open_clip_prefix),
+                None,  # has layers and a scale that are not used
+                place,
+            )
+        tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER, local_files_only=True)
+        encoders.append(
+            TextEncoder(
+                "clip_g" if pooled else "clip_h",
+                model,
+                tokenizer,
+                0,
+                pooled=pooled,
+                penultimate=pooled,
+                skips=False,
+            )
+        )
+    return encoders
+
+
+def load_controlnet(file: ModelFile, place: Place) -> Any:
+    """A ControlNet in either layout, for one of the families."""
+    kind = recognise(file.header)
+    own = controlnet_config(file.header, file.name)
+    if kind.type != "ControlNet" or not (kind.family or own):
+        raise JobFailure(f"{file.name} is {kind.title}; a ControlNet is needed here")
+    shapes = file.header.shapes
+    config = _half_of_unet(own or STANDARD[kind.family].unet)
+    # "Shuffle" was trained to tell of colors and not of places; nothing in its tensors says so.
+    config["global_pool_conditions"] = "shuffle" in file.name.lower()
+    source_of: SourceOf
+    if "controlnet_cond_embedding.conv_in.weight" in shapes:
+        source_of, prefix = _same, ""
+    else:
+        prefix = layouts.CONTROL if any(n.startswith(layouts.CONTROL) for n in shapes) else ""
+        source_of = layouts.controlnet_sources(config, prefix)
+    with file.reading(place.device) as tensors, _told(file.name, "ControlNet"):
+        return _fill(
+            lambda: ControlNetModel.from_config(config), tensors, source_of, prefix or None, place
+        )
+
+
+_SHARED_WITH_UNET = (
+    "down_block_types",
+    "block_out_channels",
+    "layers_per_block",
+    "norm_num_groups",
+    "norm_eps",
+    "cross_attention_dim",
+    "attention_head_dim",
+    "use_linear_projection",
+    "transformer_layers_per_block",
+    "addition_embed_type",
+    "addition_time_embed_dim",
+    "projection_class_embeddings_input_dim",
+    "upcast_attention",
+)
+
+
+def _half_of_unet(unet: Mapping[str, Any]) -> dict[str, Any]:
+    """The half of a UNet that a ControlNet copies, and its way in for a picture."""
+    shared = {key: unet[key] for key in _SHARED_WITH_UNET if key in unet}
+    channels = unet.get("conditioning_embedding_out_channels", [16, 32, 96, 256])
+    return {**shared, "in_channels": 4, "conditioning_embedding_out_channels": channels}
+
+
+def _same(name: str) -> Source:
+    return Source(name)
+
+
+def _text_model(kind: Any, config: Mapping[str, Any]) -> Callable[[], Any]:
+    return lambda: kind(CLIPTextConfig(**config))
+
+
+def _with_old_names(tensors: Tensors, prefix: str) -> Tensors:
+    """Some files lack the level of names that transformers had and gave up again."""
+    if f"{prefix}embeddings.token_embedding.weight" not in tensors:
+        return tensors
+    return _Renamed(tensors, f"{prefix}text_model.", prefix)
+
+
+class _Renamed(Mapping[str, Tensor]):
+    def __init__(self, tensors: Tensors, wanted: str, there: str) -> None:
+        self._tensors, self._wanted, self._there = tensors, wanted, there
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[self._there + name.removeprefix(self._wanted)]
+
+    def __iter__(self) -> Iterator[str]:
+        for name in self._tensors:
+            if name.startswith(self._there):
+                yield self._wanted + name.removeprefix(self._there)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+class _WrongTensors(Exception):
+    """The text tells which."""
+
+
+@contextmanager
+def _told(file_name: str, component: str) -> Iterator[None]:
+    """Turns what a component's load raises into a reason that names the file and the component."""
+    about = f"broken checkpoint: the {component} in {file_name}"
+    try:
+        yield
+    except (JobFailure, MemoryError, torch.OutOfMemoryError):
+        raise
+    except _WrongTensors as error:
+        raise JobFailure(f"{about} {error}") from error
+    except SafetensorError as error:
+        raise JobFailure(f"broken checkpoint: {file_name}: {error}") from error
+    except Exception as error:
+        if "allocate memory" in str(error):
+            raise
+        # The config is a stranger's: it may make the libraries stumble anywhere.
+        raise JobFailure(f"{about} can't be read: {error!r}") from error
+
+
+def _fill(
+    build: Callable[[], Any],
+    tensors: Tensors,
+    source_of: SourceOf,
+    prefix: str | None,
+    place: Place,
+) -> Any:
+    """The model with these tensors for its parameters, on its place. With a `prefix` no tensor
+    under it may be left over."""
+    with init_empty_weights(include_buffers=False):
+        model = build()
+    given: dict[str, Tensor] = {}
+    missing: list[str] = []
+    used: set[str] = set()
+    for name, wanted in model.state_dict().items():
+        if name.endswith("position_ids"):
+            continue
+        source = source_of(name)
+        used.add(source.name)
+        try:
+            tensor = source.cut(tensors[source.name])
+        except KeyError:
+            missing.append(name)
+            continue
+        if tensor.shape != wanted.shape:
+            if tensor.squeeze().shape != wanted.squeeze().shape:
+                got, needed = tuple(tensor.shape), tuple(wanted.shape)
+                raise _WrongTensors(
+                    f"does not fit its config: size mismatch for {name}:"
+                    f" {got} where {needed} belongs"
+                )
+            tensor = tensor.reshape(wanted.shape)  # 1x1 convolutions and matrices
+        given[name] = tensor.to(place.device, place.dtype)
+    if missing:
+        raise _WrongTensors(f"lacks {len(missing)} tensors, {missing[0]} among them")
+    unknown = [] if prefix is None else _left_over(tensors, used, prefix)
+    if unknown:
+        raise _WrongTensors(f"has {len(unknown)} tensors too many, {unknown[0]} among them")
+    model.load_state_dict(given, strict=False, assign=True)
+    model = model.to(place.device, place.dtype).eval().requires_grad_(False)
+    if place.device.type == "cuda":  # what the convolutions of GPUs read fastest
+        model = model.to(memory_format=torch.channels_last)
+    return model
+
+
+def _left_over(tensors: Tensors, used: set[str], prefix: str) -> list[str]:
+    return [
+        name
+        for name in tensors
+        if name.startswith(prefix) and name not in used and not name.endswith("position_ids")
+    ]
+
+
+def size_of(*models: Any) -> int:
+    """Bytes."""
+    return sum(p.numel() * p.element_size() for model in models for p in model.parameters())

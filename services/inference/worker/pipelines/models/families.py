@@ -1,0 +1,372 @@
+"""What a model file is, told from the names and shapes in it, and the configs of each family.
+
+The standard configs are facts about the published architectures: the parameter counts they give are
+the published ones (a test adds them up). Tensors tell neither how many heads an attention has nor
+what the UNet predicts, so a model of another size says it in its metadata, under `darkroom.config`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from services.inference.worker.pipelines import JobFailure
+from services.inference.worker.pipelines.models.files import Header
+
+SD1, SD2, SDXL, REFINER = "SD 1.x", "SD 2.x", "SDXL", "SDXL refiner"
+FAMILIES = (SD1, SD2, SDXL, REFINER)
+
+_UNET = "model.diffusion_model."
+_XL_TEXT = ("conditioner.embedders.0.", "conditioner.embedders.1.")
+
+
+class Configs(msgspec.Struct, frozen=True):
+    """One complete diffusers or transformers config per component. `text_encoder`: OpenAI's CLIP;
+    `text_encoder_2`: OpenCLIP; SD 1.x has the first, SDXL both, the others the second."""
+
+    unet: dict[str, Any]
+    vae: dict[str, Any]
+    scheduler: dict[str, Any]
+    text_encoder: dict[str, Any] | None = None
+    text_encoder_2: dict[str, Any] | None = None
+
+
+class Kind(msgspec.Struct, frozen=True):
+    """What a file is. `family` is empty where it is of no family, or of one that is not known
+    here; `title` says it in words. `inpainting`: its UNet is also given a mask and a picture."""
+
+    type: str
+    title: str
+    family: str = ""
+    inpainting: bool = False
+
+
+_SCHEDULER = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "epsilon",
+    "rescale_betas_zero_snr": False,
+}
+
+
+def _unet(
+    channels: list[int], heads: int | list[int], context: int, attention: str, **more: Any
+) -> dict[str, Any]:
+    """`attention`: a letter per level, y where it has attention. `heads`: SD 1.x means the number
+    of heads by `attention_head_dim`, and so do the others, level by level."""
+    names = {"y": "CrossAttnDownBlock2D", "n": "DownBlock2D"}
+    down = [names[letter] for letter in attention]
+    return {
+        "sample_size": 64,
+        "in_channels": 4,
+        "out_channels": 4,
+        "down_block_types": down,
+        "up_block_types": [name.replace("Down", "Up") for name in reversed(down)],
+        "block_out_channels": channels,
+        "layers_per_block": 2,
+        "norm_num_groups": 32,
+        "norm_eps": 1e-5,
+        "cross_attention_dim": context,
+        "attention_head_dim": heads,
+        **more,
+    }
+
+
+_VAE = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": [128, 256, 512, 512],
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "norm_num_groups": 32,
+    "sample_size": 512,
+    "scaling_factor": 0.18215,
+}
+_VAE_XL = {**_VAE, "sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True}
+
+
+def _clip(width: int, layers: int, heads: int, activation: str, projection: int) -> dict[str, Any]:
+    return {
+        "vocab_size": 49_408,
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "projection_dim": projection,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "max_position_embeddings": 77,
+        "hidden_act": activation,
+        "layer_norm_eps": 1e-5,
+        "bos_token_id": 0,
+        "eos_token_id": 2,  # means: the highest token is the end
+        "pad_token_id": 1,
+    }
+
+
+_CLIP_L = _clip(768, 12, 12, "quick_gelu", 768)
+_LINEAR = {"use_linear_projection": True}
+_TIME_IDS = {
+    **_LINEAR,
+    "sample_size": 128,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+}
+
+STANDARD: dict[str, Configs] = {
+    SD1: Configs(
+        unet=_unet([320, 640, 1280, 1280], 8, 768, "yyyn"),
+        vae=_VAE,
+        scheduler=_SCHEDULER,
+        text_encoder=_CLIP_L,
+    ),
+    SD2: Configs(
+        unet=_unet(
+            [320, 640, 1280, 1280], [5, 10, 20, 20], 1024, "yyyn", **_LINEAR, upcast_attention=True
+        ),
+        vae=_VAE,
+        scheduler=_SCHEDULER,
+        text_encoder_2=_clip(1024, 23, 16, "gelu", 512),  # of 24 layers the last is not used
+    ),
+    SDXL: Configs(
+        unet=_unet(
+            [320, 640, 1280],
+            [5, 10, 20],
+            2048,
+            "nyy",
+            **_TIME_IDS,
+            transformer_layers_per_block=[1, 2, 10],
+            projection_class_embeddings_input_dim=2816,
+        ),
+        vae=_VAE_XL,
+        scheduler=_SCHEDULER,
+        text_encoder=_CLIP_L,
+        text_encoder_2=_clip(1280, 32, 20, "gelu", 1280),
+    ),
+    REFINER: Configs(
+        unet=_unet(
+            [384, 768, 1536, 1536],
+            [6, 12, 24, 24],
+            1280,
+            "nyyn",
+            **_TIME_IDS,
+            transformer_layers_per_block=4,
+            projection_class_embeddings_input_dim=2560,
+        ),
+        vae=_VAE_XL,
+        scheduler=_SCHEDULER,
+        text_encoder_2=_clip(1280, 32, 20, "gelu", 1280),
+    ),
+}
+
+TEXT_PREFIXES: dict[str, tuple[str, str]] = {
+    SD1: ("cond_stage_model.transformer.", ""),
+    SD2: ("", "cond_stage_model.model."),
+    SDXL: ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."),
+    REFINER: ("", "conditioner.embedders.0.model."),
+}
+"""Where the text encoders of a family lie in its files: OpenAI's, OpenCLIP."""
+
+
+def recognise(header: Header) -> Kind:
+    """What a file is, whoever named it what."""
+    for found in (_other_kind(header), _part(header)):
+        if found is not None:
+            return found
+    if not _begins(header, _UNET + "input_blocks.0.0."):
+        return Kind("", "no Stable Diffusion checkpoint")
+    channels = header.shapes.get(_UNET + "input_blocks.0.0.weight", (0, 4))[1]
+    family = _family(header)
+    if channels not in (4, 9):
+        what = "an InstructPix2Pix" if channels == 8 else f"a {family} ({channels} channels)"
+        return Kind("Stable-diffusion", f"{what} checkpoint")
+    inpainting = " inpainting" if channels == 9 else ""
+    title = f"a {family}{inpainting} checkpoint"
+    return Kind("Stable-diffusion", title, family, inpainting=channels == 9)
+
+
+def _begins(header: Header, *prefixes: str) -> bool:
+    return any(name.startswith(prefixes) for name in header.shapes)
+
+
+def _has(header: Header, *parts: str) -> bool:
+    return any(part in name for name in header.shapes for part in parts)
+
+
+def _other_kind(header: Header) -> Kind | None:
+    if _has(
+        header, "lora_down", "lora_up", "lora_A.", "lora.down", "hada_w1", "lokr_w", "oft_blocks"
+    ):
+        family = network_family(header)
+        return Kind("Lora", f"a LoRA for {family}" if family else "a LoRA", family)
+    if _has(header, "input_hint_block", "controlnet_cond_embedding"):
+        family = _controlnet_family(header)
+        return Kind("ControlNet", f"a ControlNet for {family or 'no family known here'}", family)
+    if _begins(header, "emb_params", "string_to_param") or {"clip_g", "clip_l"} <= {*header.shapes}:
+        return Kind("embeddings", "a textual inversion embedding")
+    if _begins(header, _UNET + "joint_blocks", "joint_blocks"):
+        return Kind("Stable-diffusion", "a Stable Diffusion 3 checkpoint")
+    if _has(header, "double_blocks.0."):
+        return Kind("Stable-diffusion", "a Flux checkpoint")
+    if _begins(header, "down_blocks.0.") and _has(header, "attn2"):
+        title = "a UNet in diffusers' own layout and not a single-file checkpoint"
+        return Kind("Stable-diffusion", title)
+    return None
+
+
+def _part(header: Header) -> Kind | None:
+    vae = ("encoder.conv_in.", "decoder.conv_in.", "first_stage_model.")
+    if not _begins(header, _UNET) and _begins(header, *vae):
+        return Kind("VAE", "a VAE")
+    return None
+
+
+def _family(header: Header) -> str:
+    if _begins(header, _XL_TEXT[1]):
+        return SDXL
+    if _begins(header, _XL_TEXT[0]):
+        return REFINER
+    if _begins(header, "cond_stage_model.model."):
+        return SD2
+    return SD1
+
+
+_BY_CONTEXT = {768: SD1, 1024: SD2, 2048: SDXL, 1280: REFINER}
+
+
+def network_family(header: Header) -> str:
+    """For what a LoRA was made, by the width of the text that its attention looks at; empty if it
+    does not tell."""
+    if _begins(header, "lora_te2_", "lora_te1_"):
+        return SDXL
+    for name, shape in header.shapes.items():
+        looks = "attn2" in name and ("to_k" in name or "to_v" in name)
+        if looks and name.endswith(("lora_down.weight", "lora_A.weight", "lora.down.weight")):
+            return _BY_CONTEXT.get(shape[1], "")
+    return ""
+
+
+def _controlnet_family(header: Header) -> str:
+    for name, shape in header.shapes.items():
+        if name.endswith("attn2.to_k.weight"):
+            return _BY_CONTEXT.get(shape[1], "")
+    return ""
+
+
+def configs_of(header: Header, name: str) -> tuple[Kind, Configs]:
+    """The configs in the file's own metadata, else those of its family. Raises JobFailure for a
+    file that can't be run as a checkpoint, and says what it is."""
+    kind = recognise(header)
+    if not kind.family or kind.type != "Stable-diffusion":
+        raise JobFailure(
+            f"{name} is {kind.title}; a checkpoint of {', '.join(FAMILIES[:-1])} or an"
+            f" {REFINER} is needed here"
+        )
+    standard = STANDARD[kind.family]
+    own = header.metadata.get("darkroom.config")
+    if own is not None:
+        return kind, _own_configs(own, standard, name)
+    unet = {**standard.unet, "in_channels": 9 if kind.inpainting else 4}
+    guided = header.shapes.get(_UNET + "time_embed.cond_proj.weight")
+    if guided:  # a latent consistency model that is told its guidance
+        unet["time_cond_proj_dim"] = guided[1]
+    scheduler = {**_SCHEDULER, **_prediction(header)}
+    return kind, msgspec.structs.replace(standard, unet=unet, scheduler=scheduler)
+
+
+def tells_prediction(header: Header) -> bool:
+    """Whether a file says itself what its UNet predicts; SD 2.x files usually do not."""
+    return (
+        "v_pred" in header.shapes
+        or "darkroom.config" in header.metadata
+        or "modelspec.prediction_type" in header.metadata
+    )
+
+
+def _prediction(header: Header) -> dict[str, Any]:
+    told = header.metadata.get("modelspec.prediction_type", "")
+    predicts_v = told in ("v", "v_prediction") or "v_pred" in header.shapes
+    return {
+        "prediction_type": "v_prediction" if predicts_v else "epsilon",
+        "rescale_betas_zero_snr": "ztsnr" in header.shapes,
+    }
+
+
+# Configs of strangers
+
+MOST = 100_000
+"""No size in a config is larger; the vocabulary has 49,408 words."""
+_COUNTS = {"layers_per_block", "transformer_layers_per_block", "num_hidden_layers"}
+"""What building a model loops over; everything else is settled by the shapes of the tensors."""
+_ALSO_KNOWN = {
+    "unet": {
+        "act_fn",
+        "addition_embed_type",
+        "addition_time_embed_dim",
+        "center_input_sample",
+        "downsample_padding",
+        "flip_sin_to_cos",
+        "freq_shift",
+        "mid_block_scale_factor",
+        "only_cross_attention",
+        "projection_class_embeddings_input_dim",
+        "time_cond_proj_dim",
+        "transformer_layers_per_block",
+        "upcast_attention",
+        "use_linear_projection",
+    },
+    "vae": {"act_fn", "force_upcast"},
+    "text_encoder": {"attention_dropout", "initializer_factor", "initializer_range"},
+}
+
+
+def _own_configs(text: str, standard: Configs, name: str) -> Configs:
+    try:
+        configs = msgspec.json.decode(text, type=Configs)
+    except msgspec.DecodeError as error:
+        raise JobFailure(f"broken checkpoint: darkroom.config in {name}: {error}") from None
+    kept: dict[str, Any] = {}
+    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        config, usual = getattr(configs, part), getattr(standard, part)
+        if (config is None) != (usual is None):
+            raise JobFailure(
+                f"broken checkpoint: darkroom.config in {name}: {part} is not expected"
+                f" to be {'missing' if usual else 'there'}"
+            )
+        if config is not None:
+            kept[part] = _only_known(config, usual, part.removesuffix("_2"))
+            _check_sizes(kept[part], name)
+    scheduler = {key: configs.scheduler.get(key, value) for key, value in _SCHEDULER.items()}
+    return msgspec.structs.replace(configs, scheduler=scheduler, **kept)
+
+
+def controlnet_config(header: Header, name: str) -> dict[str, Any] | None:
+    """Of one of another size than the published ones. Raises JobFailure."""
+    text = header.metadata.get("darkroom.config")
+    if text is None:
+        return None
+    try:
+        config = msgspec.json.decode(text, type=dict[str, Any])
+    except msgspec.DecodeError as error:
+        raise JobFailure(f"broken checkpoint: darkroom.config in {name}: {error}") from None
+    _check_sizes(config, name)
+    return config
+
+
+def _only_known(config: Mapping[str, Any], usual: Mapping[str, Any], part: str) -> dict[str, Any]:
+    """Without any key that these families do not need: some make the libraries look for code."""
+    return {key: value for key, value in config.items() if key in usual or key in _ALSO_KNOWN[part]}
+
+
+def _check_sizes(config: Mapping[str, Any], name: str) -> None:
+    for key, value in config.items():
+        numbers = value if isinstance(value, list) else [value]
+        counts = key in _COUNTS and not all(
+            isinstance(number, int) and 1 <= number <= 64 for number in numbers
+        )
+        if counts or any(isinstance(number, int) and number > MOST for number in numbers):
+            raise JobFailure(f"broken checkpoint: darkroom.config in {name}: {key} is too much")

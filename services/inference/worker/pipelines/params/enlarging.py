@@ -1,0 +1,46 @@
+"""Bodies of extra-single-image jobs."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from services.inference.worker.pipelines.params.reading import Share, ignored, parse
+
+Side = Annotated[int, Meta(ge=1, le=8192)]
+
+
+class EnlargingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """`resize_mode` 0: by `upscaling_resize`; 1: to `upscaling_resize_w` x `upscaling_resize_h`,
+    cropped to that if `upscaling_crop`. `upscaler_2` is blended in with its visibility."""
+
+    image: str = ""
+    resize_mode: Literal[0, 1] = 0
+    upscaling_resize: Annotated[float, Meta(ge=1, le=8)] = 2.0
+    upscaling_resize_w: Side = 512
+    upscaling_resize_h: Side = 512
+    upscaling_crop: bool = True
+    upscaler_1: str = "None"
+    upscaler_2: str = "None"
+    extras_upscaler_2_visibility: Share = 0.0
+
+
+_HARMLESS: dict[str, tuple[object, ...]] = {
+    "codeformer_visibility": (0,),
+    "codeformer_weight": (0,),
+    "gfpgan_visibility": (0,),
+    "show_extras_results": (True, False),
+    "upscale_first": (False,),
+}
+
+
+def parse_enlarging(body: bytes) -> tuple[EnlargingParams, dict[str, Any], list[str]]:
+    """As `parse`, and the warnings."""
+    params, raw = parse(body, EnlargingParams)
+    known = (field.name for field in msgspec.structs.fields(EnlargingParams))
+    warnings = ignored(raw, _HARMLESS, known)
+    if raw.get("gfpgan_visibility") or raw.get("codeformer_visibility"):
+        warnings.append("faces are not restored here")
+    return params, raw, warnings

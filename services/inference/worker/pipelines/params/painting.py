@@ -1,0 +1,403 @@
+"""Bodies of txt2img and img2img jobs, and the webui's settings that a job may override."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from services.inference.worker.pipelines import JobFailure
+from services.inference.worker.pipelines.params.control import ControlUnit, parse_units
+from services.inference.worker.pipelines.params.reading import (
+    Share,
+    Text,
+    ignored,
+    parse,
+    short,
+)
+from services.inference.worker.pipelines.sampling.names import (
+    SAMPLERS,
+    SPREADS,
+    Sampler,
+    find_sampler,
+)
+from services.inference.worker.pipelines.sampling.schedules import Spread
+
+PLOT = "x/y/z plot"
+"""The one script there is, by the webui's name in lower case."""
+MOST_PICTURES = 128
+MOST_SIDE = 4096
+LEAST_SIDE, LARGEST_SIDE = 64, 2048
+"""Of what is painted in one go."""
+Side = Annotated[int, Meta(ge=LEAST_SIDE, le=LARGEST_SIDE)]
+FirstSide = Annotated[int, Meta(ge=0, le=LARGEST_SIDE)]
+Target = Annotated[int, Meta(ge=0, le=MOST_SIDE)]
+Steps = Annotated[int, Meta(ge=1, le=150)]
+Seed = Annotated[int, Meta(ge=-1, le=2**53 - 1)]
+SeedDelta = Annotated[int, Meta(ge=-(2**53) + 1, le=2**53 - 1)]
+Sigma = Annotated[float, Meta(ge=0, le=1000)]
+LEAST_RHO = 0.1
+
+
+class OverrideSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """The webui's settings that act here, under the webui's names.
+
+    `sd_model_checkpoint`: which of the job's checkpoints, where it names several. `sd_vae`: which
+    of its VAEs; Automatic: the one that is named like the checkpoint; None: the checkpoint's own.
+    """
+
+    CLIP_stop_at_last_layers: Annotated[int, Meta(ge=1, le=12)] = 1
+    add_model_hash_to_info: bool = True
+    add_model_name_to_info: bool = True
+    add_version_to_infotext: bool = True
+    always_discard_next_to_last_sigma: bool = False
+    comma_padding_backtrack: Annotated[int, Meta(ge=0, le=74)] = 20
+    enable_pnginfo: bool = True
+    eta_ancestral: Share | None = None
+    eta_ddim: Share | None = None
+    eta_noise_seed_delta: SeedDelta = 0
+    hires_fix_refiner_pass: Literal["first pass", "second pass", "both passes"] = "second pass"
+    img2img_background_color: str = "#ffffff"
+    img2img_extra_noise: Share = 0.0
+    img2img_fix_steps: bool = False
+    initial_noise_multiplier: Annotated[float, Meta(ge=0, le=1.5)] = 1.0
+    inpainting_mask_weight: Share = 1.0
+    jpeg_quality: Annotated[int, Meta(ge=1, le=100)] = 80
+    k_sched_type: str = "Automatic"
+    pad_cond_uncond: bool = False
+    return_grid: bool = False
+    rho: Annotated[float, Meta(ge=0, le=100)] = 0.0
+    samples_format: str = ""
+    sd_model_checkpoint: str = ""
+    sd_vae: str = ""
+    sdxl_crop_left: Annotated[int, Meta(ge=0, le=1024)] = 0
+    sdxl_crop_top: Annotated[int, Meta(ge=0, le=1024)] = 0
+    sdxl_refiner_high_aesthetic_score: Annotated[float, Meta(ge=0, le=10)] = 6.0
+    sdxl_refiner_low_aesthetic_score: Annotated[float, Meta(ge=0, le=10)] = 2.5
+    sgm_noise_multiplier: bool = False
+    sigma_max: Sigma = 0.0
+    sigma_min: Sigma = 0.0
+    uni_pc_order: Annotated[int, Meta(ge=1, le=5)] = 3
+    webp_lossless: bool = False
+
+
+class PaintingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """The fields of a txt2img or img2img body that act here; defaults as the webui's API.
+
+    A job makes `batch_size * n_iter` pictures. Picture i has the seed `seed + i`; with variations
+    (`subseed_strength`) all have `seed`, and picture i the variation seed `subseed + i`.
+    """
+
+    prompt: Text = ""
+    negative_prompt: Text = ""
+    steps: Steps = 50
+    sampler_name: str = ""
+    sampler_index: str | int = ""
+    scheduler: str = ""
+    cfg_scale: Annotated[float, Meta(ge=0, le=100)] = 7.0
+    seed: Seed = -1
+    subseed: Seed = -1
+    subseed_strength: Share = 0.0
+    seed_resize_from_h: Annotated[int, Meta(le=MOST_SIDE)] = 0
+    seed_resize_from_w: Annotated[int, Meta(le=MOST_SIDE)] = 0
+    width: Side = 512
+    height: Side = 512
+    batch_size: Annotated[int, Meta(ge=1, le=32)] = 1
+    n_iter: Annotated[int, Meta(ge=1, le=100)] = 1
+    eta: Share | None = None
+    s_churn: Annotated[float, Meta(ge=0, le=1000)] = 0.0
+    s_tmin: Sigma = 0.0
+    s_tmax: Annotated[float, Meta(ge=0)] = 0.0
+    s_noise: Annotated[float, Meta(ge=0, le=10)] = 1.0
+    s_min_uncond: Annotated[float, Meta(ge=0, le=15)] = 0.0
+    tiling: bool = False
+    disable_extra_networks: bool = False
+    do_not_save_grid: bool = False
+    override_settings: OverrideSettings = OverrideSettings()
+    refiner_checkpoint: str = ""
+    refiner_switch_at: Share | None = None
+    script_name: str = ""
+    script_args: list[Any] = []
+
+    enable_hr: bool = False
+    hr_scale: Annotated[float, Meta(ge=1, le=8)] = 2.0
+    hr_upscaler: str = "Latent"
+    hr_second_pass_steps: Annotated[int, Meta(ge=0, le=150)] = 0
+    hr_resize_x: Target = 0
+    hr_resize_y: Target = 0
+    hr_checkpoint_name: str = ""
+    hr_sampler_name: str = ""
+    hr_prompt: Text = ""
+    hr_negative_prompt: Text = ""
+    firstphase_width: FirstSide = 0
+    firstphase_height: FirstSide = 0
+
+    init_images: Annotated[list[str], Meta(max_length=32)] = []
+    resize_mode: Literal[0, 1, 2, 3] = 0
+    denoising_strength: Share = 0.75
+    mask: str = ""
+    mask_blur: Annotated[int, Meta(ge=0, le=256)] | None = None
+    mask_blur_x: Annotated[int, Meta(ge=0, le=256)] = 4
+    mask_blur_y: Annotated[int, Meta(ge=0, le=256)] = 4
+    inpainting_fill: Literal[0, 1, 2, 3] = 0
+    inpaint_full_res: bool = True
+    inpaint_full_res_padding: Annotated[int, Meta(ge=0, le=1024)] = 0
+    inpainting_mask_invert: bool = False
+    initial_noise_multiplier: Annotated[float, Meta(ge=0, le=1.5)] | None = None
+
+    units: list[ControlUnit] = []
+    """From `alwayson_scripts`; no field of a body."""
+
+    @property
+    def sampler(self) -> Sampler:
+        """Raises JobFailure for a name that nobody knows."""
+        index = self.sampler_index if isinstance(self.sampler_index, str) else ""
+        return _sampler(self.sampler_name or index or "Euler", "sampler_name", self.scheduler)
+
+    @property
+    def hr_sampler(self) -> Sampler:
+        if not self.hr_sampler_name or self.hr_sampler_name == "Use same sampler":
+            return self.sampler
+        return _sampler(self.hr_sampler_name, "hr_sampler_name", self.scheduler)
+
+    def spread(self, sampler: Sampler) -> Spread:
+        """How the levels of a run are spread: the sampler's own way, but for what is overridden."""
+        settings = self.override_settings
+        spread = sampler.spread
+        kind = SPREADS.get(settings.k_sched_type.lower(), "automatic")
+        if kind != "automatic":
+            spread = msgspec.structs.replace(spread, kind=kind)
+        return msgspec.structs.replace(
+            spread,
+            sigma_min=settings.sigma_min,
+            sigma_max=settings.sigma_max,
+            rho=settings.rho,
+            drop_last_but_one=spread.drop_last_but_one
+            or settings.always_discard_next_to_last_sigma,
+        )
+
+    @property
+    def noise_multiplier(self) -> float:
+        given = self.initial_noise_multiplier
+        return self.override_settings.initial_noise_multiplier if given is None else given
+
+    @property
+    def blur(self) -> tuple[int, int]:
+        if self.mask_blur is not None:
+            return self.mask_blur, self.mask_blur
+        return self.mask_blur_x, self.mask_blur_y
+
+    @property
+    def highest_churn(self) -> float:
+        return self.s_tmax or math.inf
+
+    @property
+    def hires_size(self) -> tuple[int, int, int, int]:
+        """(width, height to scale to, latent columns, rows to cut off then)."""
+        x, y = self.hr_resize_x, self.hr_resize_y
+        if not x and not y:
+            return int(self.width * self.hr_scale), int(self.height * self.hr_scale), 0, 0
+        if not y:
+            return x, x * self.height // self.width, 0, 0
+        if not x:
+            return y * self.width // self.height, y, 0, 0
+        if self.width / self.height < x / y:
+            width, height = x, x * self.height // self.width
+        else:
+            width, height = y * self.width // self.height, y
+        return width, height, (width - x) // 8, (height - y) // 8
+
+
+def _sampler(name: str, field: str, scheduler: str) -> Sampler:
+    """With `scheduler` (a field of webui 1.9) where there is such a variant; a name that already
+    has one goes before it, as there."""
+    sampler = find_sampler(name)
+    if sampler is None:
+        known = ", ".join(SAMPLERS)
+        raise JobFailure(f"{field}: got {short(name)}, allowed is one of {known}")
+    return find_sampler(f"{sampler.name} {_words(scheduler)}") or sampler
+
+
+def _words(scheduler: str) -> str:
+    """`SGM Uniform` goes by `sgm_uniform`, too."""
+    return scheduler.lower().replace("_", " ")
+
+
+_HARMLESS: dict[str, tuple[object, ...]] = {
+    "alwayson_scripts": (),
+    "comments": ({},),
+    "do_not_save_samples": (True, False),
+    "firstpass_image": ("",),
+    "force_task_id": ("",),
+    "image_cfg_scale": (0, 1.5),
+    "include_init_images": (False,),
+    "infotext": ("",),
+    "latent_mask": ("",),
+    "override_settings_restore_afterwards": (True, False),
+    "restore_faces": (False,),
+    "save_images": (False,),
+    "send_images": (True,),
+    "styles": ([],),
+}
+_HARMLESS_SETTINGS: dict[str, tuple[object, ...]] = {
+    "randn_source": ("CPU",),
+    "s_churn": (0,),
+    "grid_only_if_multiple": (True,),
+}
+_IMG2IMG_ONLY = (
+    "init_images",
+    "resize_mode",
+    "mask",
+    "mask_blur",
+    "mask_blur_x",
+    "mask_blur_y",
+    "inpainting_fill",
+    "inpaint_full_res",
+    "inpaint_full_res_padding",
+    "inpainting_mask_invert",
+    "initial_noise_multiplier",
+)
+_TXT2IMG_ONLY = (
+    "enable_hr",
+    "hr_scale",
+    "hr_upscaler",
+    "hr_second_pass_steps",
+    "hr_resize_x",
+    "hr_resize_y",
+    "hr_checkpoint_name",
+    "hr_sampler_name",
+    "hr_prompt",
+    "hr_negative_prompt",
+    "firstphase_width",
+    "firstphase_height",
+)
+_FORMATS = ("", "png", "jpg", "jpeg", "webp")
+
+
+def parse_painting(body: bytes, task_type: str) -> tuple[PaintingParams, dict[str, Any], list[str]]:
+    """As `parse`, and the warnings."""
+    params, raw = parse(body, PaintingParams)
+    units, warnings = parse_units(raw.get("alwayson_scripts"))
+    warnings = _ignored(raw, task_type) + warnings
+    params = _as_task(params, task_type)
+    _check(params, task_type)
+    warnings += _about_samplers(params)
+    if params.script_name.lower() not in ("", "none", PLOT):
+        warnings.append(f"script_name {short(params.script_name)}: no effect here; {PLOT} has one")
+    return msgspec.structs.replace(_rounded(params, warnings), units=units), raw, warnings
+
+
+def _as_task(params: PaintingParams, task_type: str) -> PaintingParams:
+    """Without what belongs to the other task; with the size that the first pass has."""
+    other = _TXT2IMG_ONLY if task_type == "img2img" else _IMG2IMG_ONLY
+    usual = PaintingParams()
+    params = msgspec.structs.replace(params, **{name: getattr(usual, name) for name in other})
+    if params.firstphase_width or params.firstphase_height:
+        return msgspec.structs.replace(
+            params,
+            width=params.firstphase_width or params.width,
+            height=params.firstphase_height or params.height,
+            hr_resize_x=params.width,
+            hr_resize_y=params.height,
+        )
+    return params
+
+
+def _check(params: PaintingParams, task_type: str) -> None:
+    """Raises JobFailure."""
+    settings = params.override_settings
+    if task_type == "img2img" and not params.init_images:
+        raise JobFailure(
+            "init_images: got none, allowed is a list of at least one picture in base64"
+        )
+    if len(params.init_images) > params.batch_size:
+        raise JobFailure(
+            f"init_images: got {len(params.init_images)} pictures,"
+            f" allowed is up to batch_size ({params.batch_size})"
+        )
+    for field in ("firstphase_width", "firstphase_height"):
+        if 0 < getattr(params, field) < LEAST_SIDE:
+            raise JobFailure(
+                f"{field}: got {getattr(params, field)}, allowed is a whole number from"
+                f" {LEAST_SIDE} to {LARGEST_SIDE}, or 0"
+            )
+    if params.batch_size * params.n_iter > MOST_PICTURES:
+        raise JobFailure(
+            f"batch_size and n_iter: got {params.batch_size} x {params.n_iter} pictures,"
+            f" allowed are {MOST_PICTURES} in all"
+        )
+    if settings.samples_format not in _FORMATS:
+        raise JobFailure(
+            f"override_settings.samples_format: got {short(settings.samples_format)},"
+            " allowed is one of png, jpg, webp"
+        )
+    if settings.k_sched_type.lower() not in SPREADS:
+        raise JobFailure(
+            f"override_settings.k_sched_type: got {short(settings.k_sched_type)},"
+            f" allowed is one of {', '.join(SPREADS)}"
+        )
+    if 0 < settings.rho < LEAST_RHO:
+        raise JobFailure(
+            f"override_settings.rho: got {settings.rho}, allowed is a number from {LEAST_RHO} to"
+            " 100, or 0 for the usual one"
+        )
+    if settings.sigma_min and settings.sigma_max and settings.sigma_min >= settings.sigma_max:
+        raise JobFailure("override_settings.sigma_min: allowed is what is below sigma_max")
+    params.sampler  # noqa: B018, raises for an unknown name
+    if params.enable_hr:
+        params.hr_sampler  # noqa: B018
+        width, height, _, _ = params.hires_size
+        if not (LEAST_SIDE <= width <= MOST_SIDE and LEAST_SIDE <= height <= MOST_SIDE):
+            raise JobFailure(
+                f"hires fix: got a size of {width}x{height}, allowed are sides from {LEAST_SIDE} to"
+                f" {MOST_SIDE}"
+            )
+
+
+def _about_samplers(params: PaintingParams) -> list[str]:
+    warnings = []
+    sampler, scheduler = params.sampler, _words(params.scheduler)
+    if scheduler not in ("", "automatic") and not sampler.name.lower().endswith(scheduler):
+        warnings.append(f"scheduler {short(params.scheduler)}: no effect on {sampler.name}")
+    if isinstance(params.sampler_index, int) and not params.sampler_name:
+        warnings.append(
+            f"sampler_index {params.sampler_index}: not a name, {sampler.name} was used"
+        )
+    settings = params.override_settings
+    if sampler.levels and settings.k_sched_type.lower() != "automatic":
+        warnings.append(f"override_settings.k_sched_type: no effect on {sampler.name}")
+    spread = None if sampler.levels else params.spread(sampler)
+    warnings += [
+        f"override_settings.{name}: no effect on the levels of {sampler.name}"
+        for name in ("sigma_min", "sigma_max", "rho")
+        if getattr(settings, name) and not (spread and spread.follows(name))
+    ]
+    if params.s_churn and not sampler.churns:
+        warnings.append(f"s_churn: no effect on {sampler.name}")
+    if params.eta is not None and not sampler.uses_eta:
+        warnings.append(f"eta: no effect on {sampler.name}")
+    return warnings
+
+
+def _rounded(params: PaintingParams, warnings: list[str]) -> PaintingParams:
+    sides = {}
+    for field in ("width", "height"):
+        got = getattr(params, field)
+        sides[field] = got - got % 8
+        if got % 8:
+            warnings.append(f"{field} {got}: rounded to {sides[field]}, a multiple of 8")
+    return msgspec.structs.replace(params, **sides)
+
+
+def _ignored(raw: dict[str, Any], task_type: str) -> list[str]:
+    known = {field.name for field in msgspec.structs.fields(PaintingParams)} - {"units"}
+    other, usual = (_TXT2IMG_ONLY if task_type == "img2img" else _IMG2IMG_ONLY), PaintingParams()
+    harmless = {**_HARMLESS, **{name: (getattr(usual, name), 0, "", None) for name in other}}
+    mine = {key: value for key, value in raw.items() if key != "alwayson_scripts"}
+    warnings = ignored(mine, harmless, known - set(other))
+    settings = raw.get("override_settings", {})
+    known_settings = (field.name for field in msgspec.structs.fields(OverrideSettings))
+    warnings += ignored(settings, _HARMLESS_SETTINGS, known_settings, "override_settings.")
+    return warnings

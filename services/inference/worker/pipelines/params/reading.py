@@ -1,0 +1,156 @@
+"""JSON as the webui's clients send it -> typed params.
+
+They send bare `Infinity` and `NaN`, nulls for "default", numbers as text, and many keys that mean
+nothing here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from services.inference.worker.pipelines import JobFailure
+
+Text = Annotated[str, Meta(max_length=20_000)]
+Level = Annotated[int, Meta(ge=0, le=255)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+
+MOST_NESTED = 100
+"""Objects and lists within each other: whoever walks a body later has a stack for so many."""
+
+P = TypeVar("P", bound=msgspec.Struct)
+
+
+def parse(body: bytes, params: type[P]) -> tuple[P, dict[str, Any]]:
+    """The typed params, and the whole body as it came (less its nulls). Raises JobFailure."""
+    try:
+        raw = _clean(json.loads(body))
+    except (ValueError, RecursionError) as error:
+        raise JobFailure(f"the params are no JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise JobFailure(f"the params are no JSON object but {short(raw)}")
+    return convert(raw, params), raw
+
+
+def convert(raw: Any, params: type[P], where: str = "") -> P:
+    """`where`: the path of `raw` in its body, for what is said of a wrong field."""
+    try:
+        return msgspec.convert(raw, params, strict=False)
+    except msgspec.ValidationError as error:
+        raise JobFailure(where + _explain(str(error), raw, params)) from None
+
+
+def ignored(
+    raw: dict[str, Any],
+    harmless: dict[str, tuple[object, ...]],
+    known: Iterable[str],
+    where: str = "",
+) -> list[str]:
+    """A warning for each field that asks for something and has no effect. `harmless`: fields
+    without effect, each with the values that ask for nothing."""
+    taken = set(known)
+    return [
+        f"{where}{cut(name)}: no effect here"
+        for name, value in raw.items()
+        if name not in taken and value not in harmless.get(name, ())
+    ]
+
+
+def printable(raw: dict[str, Any]) -> dict[str, Any]:
+    """A body as strict JSON can carry it back, without its pictures."""
+    pictures = ("init_images", "mask", "latent_mask", "input_image", "image", "alwayson_scripts")
+    return {key: _finite(value) for key, value in raw.items() if key not in pictures}
+
+
+def short(value: object, limit: int = 60) -> str:
+    """A value as an error message may quote it."""
+    return cut(json.dumps(value, ensure_ascii=False, default=str), limit)
+
+
+def cut(text: str, limit: int = 60) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _clean(value: Any, room: int = MOST_NESTED) -> Any:
+    """Without nulls in objects, and without half characters (`"\\ud800"`) in texts, which neither a
+    tokenizer nor a log takes. Raises ValueError for what is nested too deep."""
+    if isinstance(value, dict | list) and room == 0:
+        raise ValueError(f"more than {MOST_NESTED} levels of objects and lists")
+    if isinstance(value, dict):
+        return {
+            _clean(key): _clean(item, room - 1) for key, item in value.items() if item is not None
+        }
+    if isinstance(value, list):
+        return [_clean(item, room - 1) for item in value]
+    if isinstance(value, str) and not value.isascii():
+        return value.encode("utf-8", "replace").decode()
+    return value
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _explain(message: str, raw: Any, params: type[msgspec.Struct]) -> str:
+    """msgspec's `… - at `$.steps`` -> field, what was got, what is allowed."""
+    found = re.search(r"at `\$\.(.+)`", message)
+    path = found[1] if found else ""
+    got: Any = raw
+    kind: msgspec.inspect.Type = msgspec.inspect.type_info(params)
+    for name, position in re.findall(r"(\w+)|\[(\d+)\]", path):
+        if name and isinstance(kind, msgspec.inspect.StructType):
+            got = got[name]
+            kind = next(field.type for field in kind.fields if field.name == name)
+        elif position and isinstance(got, list):
+            got = got[int(position)]
+            kind = kind.item_type if isinstance(kind, msgspec.inspect.ListType) else kind
+    missing = re.search(r"missing required field (`\w+`)", message)
+    if missing:
+        return f"{path}: {missing[1]} is missing"
+    # A reason goes to the logs; prompts do not.
+    shown = short(got) if "prompt" not in path else f"another value ({type(got).__name__})"
+    if isinstance(got, str) and len(got) > 60:
+        shown = f"{len(got)} characters"
+    return f"{path}: got {shown}, allowed is {_allowed(kind)}"
+
+
+def _allowed(kind: msgspec.inspect.Type) -> str:
+    match kind:
+        case msgspec.inspect.IntType(ge=int(low), le=int(high)):
+            return f"a whole number from {low} to {high}"
+        case msgspec.inspect.IntType(le=int(high)):
+            return f"a whole number up to {high}"
+        case msgspec.inspect.FloatType(ge=(int() | float()) as low, le=(int() | float()) as high):
+            return f"a number from {low:g} to {high:g}"
+        case msgspec.inspect.FloatType(ge=(int() | float()) as low):
+            return f"a number from {low:g} on"
+        case msgspec.inspect.StrType(max_length=int(limit)):
+            return f"a text of up to {limit} characters"
+        case msgspec.inspect.StrType():
+            return "a text"
+        case msgspec.inspect.LiteralType(values=values):
+            return f"one of {', '.join(str(value) for value in values if value != '')}"
+        case msgspec.inspect.IntType():
+            return "a whole number"
+        case msgspec.inspect.FloatType():
+            return "a number"
+        case msgspec.inspect.BoolType():
+            return "true or false"
+        case msgspec.inspect.ListType(item_type=item, min_length=least, max_length=most):
+            count = f"{least or 0} to {most} items" if most is not None else "items"
+            return f"a list of {count}, each {_allowed(item)}"
+        case msgspec.inspect.UnionType(types=kinds):
+            named = [_allowed(k) for k in kinds if not isinstance(k, msgspec.inspect.NoneType)]
+            return " or ".join(named)
+        case _:
+            return "an object"

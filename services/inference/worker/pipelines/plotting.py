@@ -1,0 +1,427 @@
+"""The script "X/Y/Z plot": one job's pictures for every combination of up to three fields' values,
+as one labelled grid.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import re
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from PIL import Image
+
+from services.inference.worker.pipelines import (
+    JobFailure,
+    Report,
+    Result,
+    ResultImage,
+    Work,
+)
+from services.inference.worker.pipelines.library import receipt
+from services.inference.worker.pipelines.painting import PaintingPlan, Studio
+from services.inference.worker.pipelines.params.painting import (
+    MOST_PICTURES,
+    PLOT,
+    PaintingParams,
+    parse_painting,
+)
+from services.inference.worker.pipelines.params.reading import printable, short
+from services.inference.worker.pipelines.pictures.files import Format, pack
+from services.inference.worker.pipelines.pictures.grids import grid, labelled
+from services.inference.worker.pipelines.pictures.infotext import param_json
+from services.inference.worker.pipelines.stopwatch import Stopwatch
+from shared.contracts.inference import RunJob
+
+MOST_PIXELS = 100_000_000
+SEEDS = ("Seed", "Var. seed")
+
+Body = dict[str, Any]
+Apply = Callable[[Body, Any, list[Any]], None]
+"""Puts one of an axis's values into a body; it is also given all of them."""
+
+
+class Axis(msgspec.Struct, frozen=True):
+    """What a plot may vary. `kind` makes a value from a text. `chosen`: its values are chosen from
+    a list in the webui, and come as a list. `only`: the task that has it. `named`: its labels say
+    what they are."""
+
+    label: str
+    kind: Callable[[str], Any] = str
+    apply: Apply = lambda body, value, values: None
+    chosen: bool = False
+    only: str = ""
+    named: bool = True
+
+
+def _field(name: str) -> Apply:
+    def apply(body: Body, value: Any, _: list[Any]) -> None:
+        body[name] = value
+
+    return apply
+
+
+def _setting(name: str) -> Apply:
+    def apply(body: Body, value: Any, _: list[Any]) -> None:
+        body["override_settings"] = {**body.get("override_settings", {}), name: value}
+
+    return apply
+
+
+def _replace(body: Body, value: str, values: list[str]) -> None:
+    """Prompt S/R: the first value is what is searched for."""
+    searched = values[0]
+    prompts = [str(body.get(name, "")) for name in ("prompt", "negative_prompt")]
+    if not any(searched in prompt for prompt in prompts):
+        raise JobFailure("script_args: Prompt S/R: the first value is in neither prompt")
+    body["prompt"], body["negative_prompt"] = (text.replace(searched, value) for text in prompts)
+
+
+def _reorder(body: Body, words: Sequence[str], _: list[Any]) -> None:
+    """Prompt order: the places of the words in the prompt, filled in the order of `words`."""
+    prompt = str(body.get("prompt", ""))
+    for word in words:
+        if word not in prompt:
+            raise JobFailure("script_args: Prompt order: one of the values is not in the prompt")
+    pieces, rest = [], prompt
+    for place in sorted(words, key=prompt.find):
+        before, _found, rest = rest.partition(place)
+        pieces.append(before)
+    body["prompt"] = "".join(itertools.chain(*zip(pieces, words, strict=True))) + rest
+
+
+def _truth(text: str) -> bool:
+    return text.strip().lower() == "true"
+
+
+TXT2IMG, IMG2IMG = "txt2img", "img2img"
+AXES = (
+    Axis("Nothing"),
+    Axis("Seed", int, _field("seed")),
+    Axis("Var. seed", int, _field("subseed")),
+    Axis("Var. strength", float, _field("subseed_strength")),
+    Axis("Steps", int, _field("steps")),
+    Axis("Hires steps", int, _field("hr_second_pass_steps"), only=TXT2IMG),
+    Axis("CFG Scale", float, _field("cfg_scale")),
+    Axis("Image CFG Scale", float, _field("image_cfg_scale"), only=IMG2IMG),
+    Axis("Prompt S/R", str, _replace, named=False),
+    Axis("Prompt order", str, _reorder, named=False),
+    Axis("Sampler", str, _field("sampler_name"), chosen=True, only=TXT2IMG, named=False),
+    Axis("Hires sampler", str, _field("hr_sampler_name"), chosen=True, only=TXT2IMG),
+    Axis("Sampler", str, _field("sampler_name"), chosen=True, only=IMG2IMG, named=False),
+    Axis("Checkpoint name", str, _setting("sd_model_checkpoint"), chosen=True, named=False),
+    Axis("Negative Guidance minimum sigma", float, _field("s_min_uncond")),
+    Axis("Sigma Churn", float, _field("s_churn")),
+    Axis("Sigma min", float, _field("s_tmin")),
+    Axis("Sigma max", float, _field("s_tmax")),
+    Axis("Sigma noise", float, _field("s_noise")),
+    Axis("Schedule type", str, _setting("k_sched_type"), chosen=True),
+    Axis("Schedule min sigma", float, _setting("sigma_min")),
+    Axis("Schedule max sigma", float, _setting("sigma_max")),
+    Axis("Schedule rho", float, _setting("rho")),
+    Axis("Eta", float, _field("eta")),
+    Axis("Clip skip", int, _setting("CLIP_stop_at_last_layers")),
+    Axis("Denoising", float, _field("denoising_strength")),
+    Axis("Initial noise multiplier", float, _field("initial_noise_multiplier")),
+    Axis("Extra noise", float, _setting("img2img_extra_noise")),
+    Axis("Hires upscaler", str, _field("hr_upscaler"), chosen=True, only=TXT2IMG),
+    Axis("Cond. Image Mask Weight", float, _setting("inpainting_mask_weight"), only=IMG2IMG),
+    Axis("VAE", str, _setting("sd_vae"), chosen=True),
+    Axis("Styles", str, _field("styles"), chosen=True),
+    Axis("UniPC Order", int, _setting("uni_pc_order")),
+    Axis("Face restore", str, _field("restore_faces"), named=False),
+    Axis("Token merging ratio", float, _setting("token_merging_ratio")),
+    Axis("Token merging ratio high-res", float, _setting("token_merging_ratio_hr")),
+    Axis(
+        "Always discard next-to-last sigma",
+        _truth,
+        _setting("always_discard_next_to_last_sigma"),
+        chosen=True,
+    ),
+    Axis("SGM noise multiplier", _truth, _setting("sgm_noise_multiplier"), chosen=True),
+    Axis("Refiner checkpoint", str, _field("refiner_checkpoint"), chosen=True, named=False),
+    Axis("Refiner switch at", float, _field("refiner_switch_at")),
+    Axis("RNG source", str, _setting("randn_source"), chosen=True),
+)
+"""In the order of the webui 1.7, whose clients send the number of an axis."""
+
+
+class _Drawn(msgspec.Struct, frozen=True):
+    """One axis of one plot. `text`: its values as they came."""
+
+    axis: Axis
+    values: list[Any]
+    text: str
+
+    def label(self, number: int) -> str:
+        value = self.values[number]
+        if self.axis.label == "Nothing":
+            return ""
+        if isinstance(value, tuple):
+            return ", ".join(value)
+        shown = round(value, 8) if isinstance(value, float) else value
+        return f"{self.axis.label}: {shown}" if self.axis.named else str(shown)
+
+
+class _Args(msgspec.Struct, frozen=True):
+    axes: tuple[_Drawn, _Drawn, _Drawn]
+    draw_legend: bool
+    include_lone_images: bool
+    include_sub_grids: bool
+    margin: int
+
+
+def asks_for_plot(body: bytes) -> bool:
+    """Whether a body names this script. What is no JSON asks for nothing."""
+    if PLOT.encode() not in body.lower():
+        return False
+    try:
+        raw = json.loads(body)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(raw, dict) and str(raw.get("script_name", "")).lower() == PLOT
+
+
+class PlottingPlan:
+    key: object = None
+
+    def __init__(self, job: RunJob, body: bytes, files: Mapping[str, Path], studio: Studio) -> None:
+        """Raises JobFailure, also for what is wrong with any of the combinations."""
+        params, raw, self.warnings = parse_painting(body, job.task_type)
+        self.studio, self.raw = studio, raw
+        self.args = _parse_args(params, job.task_type)
+        self.base = self._base(params, raw)
+        x, y, z = self.args.axes
+        cells = list(itertools.product(z.values, y.values, x.values))
+        if len(cells) > MOST_PICTURES:
+            raise JobFailure(
+                f"script_args: got {len(cells)} combinations, allowed are {MOST_PICTURES}"
+            )
+        self.cells = [self._cell(job, files, dict(zip("zyx", cell, strict=True))) for cell in cells]
+        for plan in self.cells:
+            self.warnings += [text for text in plan.warnings if text not in self.warnings]
+        width, height = self.cells[0].params.width, self.cells[0].params.height
+        if len(cells) * width * height > MOST_PIXELS:
+            raise JobFailure(
+                f"script_args: got a grid of {len(cells) * width * height // 1_000_000} million"
+                f" pixels, allowed are {MOST_PIXELS // 1_000_000} million"
+            )
+
+    def _base(self, params: PaintingParams, raw: Body) -> Body:
+        """The body of every cell: no script of its own, seeds that are the same for all, and one
+        picture that can be read back as it was."""
+        settings = {**raw.get("override_settings", {}), "samples_format": "png"}
+        base = {**raw, "override_settings": settings, "script_name": "", "script_args": []}
+        for field in ("seed", "subseed"):
+            seed = getattr(params, field)
+            base[field] = secrets.randbelow(2**32 - 1) if seed == -1 else seed
+        if not params.override_settings.return_grid:
+            base |= {"batch_size": 1}
+        return base
+
+    def _cell(self, job: RunJob, files: Mapping[str, Path], values: dict[str, Any]) -> PaintingPlan:
+        body = dict(self.base)
+        for letter, drawn in zip("xyz", self.args.axes, strict=True):
+            drawn.axis.apply(body, values[letter], drawn.values)
+        return PaintingPlan(job, json.dumps(body).encode(), files, self.studio)
+
+    def work(self, report: Report) -> Work:
+        watch = Stopwatch()
+        results: list[Result] = []
+        for number, plan in enumerate(self.cells):
+            result = yield from plan.work(_Share(report, number, len(self.cells)))
+            results.append(result)
+            for stage, seconds in result.seconds.items():
+                watch.seconds[stage] = round(watch.seconds.get(stage, 0.0) + seconds, 4)
+        with watch.stage("save"):
+            images, texts = self._images(results)
+        info = _info_of(results[0]) | {
+            "infotexts": texts,
+            "index_of_first_image": 1,
+            "all_seeds": [_info_of(result)["seed"] for result in results],
+        }
+        models = self.cells[0].models
+        for plan in self.cells[1:]:
+            for model in plan.models.used:
+                models.use(model)
+        answer = param_json(
+            printable({**self.raw, **{name: self.base[name] for name in ("seed", "subseed")}}),
+            info,
+            [image.name for image in images],
+            receipt(models, self.studio.library),
+        )
+        return Result(images, answer, watch.seconds, self.warnings)
+
+    def _images(self, results: Sequence[Result]) -> tuple[list[ResultImage], list[str]]:
+        """The whole grid, then the grid of each z, then the pictures: the latter two if wanted."""
+        x, y, z = self.args.axes
+        pictures = [Image.open(io.BytesIO(result.images[0].data)) for result in results]
+        texts = [_info_of(result)["infotexts"][0] for result in results]
+        size = len(x.values) * len(y.values)
+        parts = []
+        for number in range(len(z.values)):
+            part = grid(pictures[number * size : (number + 1) * size], len(y.values))
+            if self.args.draw_legend:
+                columns = [x.label(n) for n in range(len(x.values))]
+                rows = [y.label(n) for n in range(len(y.values))]
+                part = labelled(part, columns, rows, self.args.margin)
+            parts.append(part)
+        whole = grid(parts, 1)
+        if self.args.draw_legend:
+            whole = labelled(whole, [z.label(n) for n in range(len(z.values))], [""])
+        told = texts[0] + self._told()
+        named = [("grid", whole, told)]
+        if self.args.include_sub_grids:
+            named += [(f"grid_{n}", part, texts[n * size]) for n, part in enumerate(parts)]
+        if self.args.include_lone_images:
+            lone = zip(pictures, texts, strict=True)
+            named += [(f"image_{n}", picture, text) for n, (picture, text) in enumerate(lone)]
+        form = self.studio.format
+        return [_packed(name, picture, text, form) for name, picture, text in named], [
+            text for _, _, text in named
+        ]
+
+    def _told(self) -> str:
+        """What the infotext of the grid says of its axes."""
+        fields = [", Script: X/Y/Z plot"]
+        for letter, drawn in zip("XYZ", self.args.axes, strict=True):
+            if drawn.axis.label == "Nothing":
+                continue
+            fields.append(f"{letter} Type: {drawn.axis.label}")
+            fields.append(f"{letter} Values: {json.dumps(drawn.text, ensure_ascii=False)}")
+            if drawn.axis.label in SEEDS:
+                fixed = ", ".join(map(str, drawn.values))
+                fields.append(f"Fixed {letter} Values: {json.dumps(fixed)}")
+        return ", ".join(fields)
+
+
+class _Share:
+    """The report of one cell, as a share of the whole."""
+
+    def __init__(self, report: Report, number: int, count: int) -> None:
+        self._report, self._number, self._count = report, number, count
+
+    def step(self, step: int, steps: int) -> None:
+        self._report.step(self._number * steps + step, self._count * steps)
+
+    def preview(self, picture: Callable[[], bytes]) -> None:
+        self._report.preview(picture)
+
+
+def _info_of(result: Result) -> dict[str, Any]:
+    info: dict[str, Any] = json.loads(json.loads(result.param_json)["info"])
+    return info
+
+
+def _packed(name: str, picture: Image.Image, text: str, form: Format) -> ResultImage:
+    packed = pack(picture, {"parameters": text}, form)
+    return ResultImage(f"{name}.{form.name}", form.media_type, packed)
+
+
+def _parse_args(params: PaintingParams, task_type: str) -> _Args:
+    """`script_args` as the webui 1.7 takes them, or with the three fields that 1.8 put in. Raises
+    JobFailure."""
+    given = [*params.script_args]
+    if len(given) < 13:
+        raise JobFailure(
+            f"script_args: got {len(given)} values, allowed are the 13 to 19 of the X/Y/Z plot:"
+            " type, values and chosen values of X, Y and Z, draw_legend, include_lone_images,"
+            " include_sub_grids, no_fixed_seeds, margin_size, csv_mode"
+        )
+    legend, lone, sub_grids, unfixed, *rest = given[9:]
+    if len(rest) > 4:
+        rest = rest[3:]
+    margin, csv_mode = rest[0] if rest else 0, rest[1] if len(rest) > 1 else False
+    return _Args(
+        axes=(
+            _axis(given[0:3], task_type, bool(csv_mode), bool(unfixed), "x"),
+            _axis(given[3:6], task_type, bool(csv_mode), bool(unfixed), "y"),
+            _axis(given[6:9], task_type, bool(csv_mode), bool(unfixed), "z"),
+        ),
+        draw_legend=bool(legend),
+        include_lone_images=bool(lone),
+        include_sub_grids=bool(sub_grids),
+        margin=int(margin) if isinstance(margin, int | float) and 0 <= margin <= 500 else 0,
+    )
+
+
+def _axis(
+    given: Sequence[Any], task_type: str, csv_mode: bool, unfixed: bool, letter: str
+) -> _Drawn:
+    known = [axis for axis in AXES if axis.only in ("", task_type)]
+    type_, typed, chosen = given
+    axis = None
+    if isinstance(type_, int) and 0 <= type_ < len(known):
+        axis = known[type_]
+    elif isinstance(type_, str):
+        axis = next((one for one in known if one.label.lower() == type_.lower()), None)
+    if axis is None:
+        names = ", ".join(f"{number} {one.label}" for number, one in enumerate(known))
+        raise JobFailure(
+            f"script_args: {letter} type: got {short(type_)}, allowed is one of {names}"
+        )
+    if axis.label == "Nothing":
+        return _Drawn(axis, [None], "")
+    texts = chosen if axis.chosen and not csv_mode and chosen else typed
+    if isinstance(texts, str):
+        texts = [text.strip() for text in itertools.chain(*csv.reader(io.StringIO(texts)))]
+    if not isinstance(texts, list) or not texts:
+        raise JobFailure(f"script_args: {letter} values: got none, allowed is a list of them")
+    texts = [str(text) for text in texts]
+    values = _values(axis, texts, letter)
+    if axis.label in SEEDS and not unfixed:
+        values = [secrets.randbelow(2**32 - 1) if value == -1 else value for value in values]
+    return _Drawn(axis, values, ", ".join(texts))
+
+
+_NUMBER = r"([+-]?\s*\d+(?:\.\d*)?)"
+_RANGE = re.compile(rf"\s*{_NUMBER}\s*-\s*{_NUMBER}(?:\s*\(\s*([+-]?\d+(?:\.\d*)?)\s*\))?\s*")
+_COUNTED = re.compile(rf"\s*{_NUMBER}\s*-\s*{_NUMBER}\s*\[\s*(\d+)\s*\]\s*")
+
+
+def _values(axis: Axis, texts: list[str], letter: str) -> list[Any]:
+    """Also of ranges: `1-5`, `1-5 (+2)`, `1-10 [5]`."""
+    if axis.label == "Prompt order":
+        if len(texts) > 5:
+            raise JobFailure(f"script_args: {letter} values: got {len(texts)} words, allowed are 5")
+        return list(itertools.permutations(texts))
+    values: list[Any] = []
+    for text in texts:
+        if axis.kind in (int, float):
+            found = _span(text, axis.kind is int)
+            if found is not None:
+                values += found
+                continue
+        try:
+            values.append(axis.kind(text))
+        except ValueError:
+            raise JobFailure(
+                f"script_args: {letter} values: got {short(text)}, allowed is a number or a range"
+                " such as 1-5, 1-5 (+2) or 1-10 [5]"
+            ) from None
+        if len(values) > MOST_PICTURES:
+            break
+    return values[: MOST_PICTURES + 1]
+
+
+def _span(text: str, whole: bool) -> list[Any] | None:
+    found = _COUNTED.fullmatch(text)
+    if found:
+        start, end = (float(found[n].replace(" ", "")) for n in (1, 2))
+        numbers = np.linspace(start, end, min(int(found[3]), MOST_PICTURES + 1)).tolist()
+    else:
+        found = _RANGE.fullmatch(text)
+        if not found:
+            return None
+        start, end = (float(found[n].replace(" ", "")) for n in (1, 2))
+        step = float(found[3] or 1)
+        count = int((end - start) / step + 1e-9) + 1 if step and (end - start) / step >= 0 else 0
+        numbers = [start + step * n for n in range(min(count, MOST_PICTURES + 1))]
+    return [int(number) for number in numbers] if whole else numbers

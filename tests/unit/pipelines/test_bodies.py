@@ -1,0 +1,743 @@
+"""Bodies as clients send them: read where they can be, refused with the field where they can't."""
+
+from __future__ import annotations
+
+import json
+import math
+from contextlib import suppress
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from services.inference.worker.pipelines import JobFailure
+from services.inference.worker.pipelines.params.control import ControlUnit, parse_units
+from services.inference.worker.pipelines.params.cutting import CuttingParams, parse_cutting
+from services.inference.worker.pipelines.params.enlarging import EnlargingParams, parse_enlarging
+from services.inference.worker.pipelines.params.painting import (
+    OverrideSettings,
+    PaintingParams,
+    parse_painting,
+)
+from services.inference.worker.pipelines.sampling.names import SAMPLERS, find_sampler
+
+PICTURE = "iVBORw0KGgo="
+
+
+def read(task_type: str = "txt2img", **body: Any) -> tuple[PaintingParams, list[str]]:
+    if task_type == "img2img":
+        body.setdefault("init_images", [PICTURE])
+    params, _, warnings = parse_painting(json.dumps(body).encode(), task_type)
+    return params, warnings
+
+
+def reason_of(body: bytes, task_type: str = "txt2img") -> str:
+    with pytest.raises(JobFailure) as failure:
+        parse_painting(body, task_type)
+    return str(failure.value)
+
+
+# What is wrong is named
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ('{"steps": 0}', "steps: got 0, allowed is a whole number from 1 to 150"),
+        ('{"steps": "many"}', 'steps: got "many", allowed is a whole number from 1 to 150'),
+        ('{"steps": true}', "steps: got true, allowed is a whole number from 1 to 150"),
+        ('{"steps": 20.5}', "steps: got 20.5, allowed is a whole number from 1 to 150"),
+        ('{"cfg_scale": NaN}', "cfg_scale: got NaN, allowed is a number from 0 to 100"),
+        ('{"cfg_scale": Infinity}', "cfg_scale: got Infinity, allowed is a number from 0 to 100"),
+        ('{"cfg_scale": "1e999"}', 'cfg_scale: got "1e999", allowed is a number from 0 to 100'),
+        ('{"tiling": "maybe"}', 'tiling: got "maybe", allowed is true or false'),
+        ('{"tiling": 2}', "tiling: got 2, allowed is true or false"),
+        ('{"sampler_index": 5.5}', "sampler_index: got 5.5, allowed is a text or a whole number"),
+        (
+            '{"init_images": "x"}',
+            "init_images: got 'x', allowed is a list of 0 to 32 items",
+        ),
+        ('{"init_images": [5]}', "init_images[0]: got 5, allowed is a text"),
+        ('{"hr_scale": 0.5}', "hr_scale: got 0.5, allowed is a number from 1 to 8"),
+        ('{"refiner_switch_at": 2}', "refiner_switch_at: got 2, allowed is a number from 0 to 1"),
+        ('{"seed_resize_from_w": 5000}', "seed_resize_from_w: got 5000, allowed is a whole number"),
+        (
+            '{"prompt": ["a"]}',
+            "prompt: got another value (list), allowed is a text of up to 20000 characters",
+        ),
+        (
+            '{"hr_negative_prompt": 1}',
+            "hr_negative_prompt: got another value (int), allowed is a text of up to 20000",
+        ),
+        (
+            '{"override_settings": {"CLIP_stop_at_last_layers": 13}}',
+            "override_settings.CLIP_stop_at_last_layers: got 13, allowed is a whole number from 1",
+        ),
+        (
+            '{"override_settings": {"hires_fix_refiner_pass": "third"}}',
+            'override_settings.hires_fix_refiner_pass: got "third", allowed is one of both passes,',
+        ),
+        ('{"override_settings": []}', "override_settings: got [], allowed is an object"),
+        ('{"sampler_name": "\\ud800"}', 'sampler_name: got "?", allowed is one of Euler a'),
+        ('{"sampler_name": "Eular"}', 'sampler_name: got "Eular", allowed is one of Euler a, Eul'),
+        ('{"sampler_name": ["Euler"]}', 'sampler_name: got ["Euler"], allowed is a text'),
+        (
+            '{"enable_hr": true, "hr_sampler_name": "Eular"}',
+            'hr_sampler_name: got "Eular", allowed is one of Euler a',
+        ),
+        ("[1]", "the params are no JSON object but [1]"),
+        ("null", "the params are no JSON object but null"),
+        ('{"steps": ', "the params are no JSON: "),
+        ("", "the params are no JSON: "),
+        ('{"seed": 1' + "0" * 5000 + "}", "the params are no JSON: "),
+        ('{"a":' * 100_000, "the params are no JSON: "),
+    ],
+)
+def test_a_wrong_field_is_named_with_what_is_allowed(body: str, reason: str) -> None:
+    assert reason_of(body.encode()).startswith(reason.replace("'", '"'))
+
+
+BOUNDS: dict[str, tuple[float | None, float | None]] = {
+    "steps": (1, 150),
+    "cfg_scale": (0, 100),
+    "seed": (-1, 2**53 - 1),
+    "subseed": (-1, 2**53 - 1),
+    "subseed_strength": (0, 1),
+    "seed_resize_from_h": (None, 4096),
+    "seed_resize_from_w": (None, 4096),
+    "width": (64, 2048),
+    "height": (64, 2048),
+    "batch_size": (1, 32),
+    "n_iter": (1, 100),
+    "eta": (0, 1),
+    "s_churn": (0, 1000),
+    "s_tmin": (0, 1000),
+    "s_tmax": (0, None),
+    "s_noise": (0, 10),
+    "s_min_uncond": (0, 15),
+    "refiner_switch_at": (0, 1),
+    "hr_scale": (1, 8),
+    "hr_second_pass_steps": (0, 150),
+    "hr_resize_x": (0, 4096),
+    "hr_resize_y": (0, 4096),
+    "firstphase_width": (0, 2048),
+    "firstphase_height": (0, 2048),
+    "denoising_strength": (0, 1),
+    "resize_mode": (0, 3),
+    "mask_blur": (0, 256),
+    "mask_blur_x": (0, 256),
+    "mask_blur_y": (0, 256),
+    "inpainting_fill": (0, 3),
+    "inpaint_full_res_padding": (0, 1024),
+    "initial_noise_multiplier": (0, 1.5),
+    "override_settings.CLIP_stop_at_last_layers": (1, 12),
+    "override_settings.comma_padding_backtrack": (0, 74),
+    "override_settings.eta_ancestral": (0, 1),
+    "override_settings.eta_ddim": (0, 1),
+    "override_settings.eta_noise_seed_delta": (-(2**53) + 1, 2**53 - 1),
+    "override_settings.img2img_extra_noise": (0, 1),
+    "override_settings.initial_noise_multiplier": (0, 1.5),
+    "override_settings.inpainting_mask_weight": (0, 1),
+    "override_settings.jpeg_quality": (1, 100),
+    "override_settings.rho": (0, 100),
+    "override_settings.sdxl_crop_left": (0, 1024),
+    "override_settings.sdxl_crop_top": (0, 1024),
+    "override_settings.sdxl_refiner_high_aesthetic_score": (0, 10),
+    "override_settings.sdxl_refiner_low_aesthetic_score": (0, 10),
+    "override_settings.sigma_max": (0, 1000),
+    "override_settings.sigma_min": (0, 1000),
+    "override_settings.uni_pc_order": (1, 5),
+}
+
+
+def body_of(field: str, value: object) -> dict[str, Any]:
+    """With `init_images` and enough of a batch, so that nothing else is wrong."""
+    *outer, name = field.split(".")
+    return {outer[0]: {name: value}} if outer else {name: value}
+
+
+def test_the_bounds_are_those_of_every_number_in_a_body() -> None:
+    def numbers(params: type[msgspec.Struct], where: str = "") -> set[str]:
+        found = set()
+        for field in msgspec.structs.fields(params):
+            kind = msgspec.inspect.type_info(field.type)
+            kinds = kind.types if isinstance(kind, msgspec.inspect.UnionType) else (kind,)
+            number = (msgspec.inspect.IntType, msgspec.inspect.FloatType)
+            literal = isinstance(kind, msgspec.inspect.LiteralType) and 0 in kind.values
+            if literal or isinstance(kinds[0], number):
+                found.add(where + field.name)
+        return found
+
+    told = numbers(PaintingParams) | numbers(OverrideSettings, "override_settings.")
+    assert told == BOUNDS.keys()
+
+
+@pytest.mark.parametrize("field", BOUNDS)
+def test_a_number_may_be_its_bounds_and_nothing_beyond(field: str) -> None:
+    low, high = BOUNDS[field]
+    for edge, beyond in ((low, -1), (high, 1)):
+        if edge is None:
+            continue
+        read("img2img", **body_of(field, edge))
+        wrong = json.dumps({"init_images": [PICTURE], **body_of(field, edge + beyond)})
+        told = reason_of(wrong.encode(), "img2img")
+        assert told.startswith(f"{field}: got {edge + beyond}, allowed is ")
+        assert str(edge) in told
+    for nothing in ("NaN", "-Infinity") + (() if field == "s_tmax" else ("Infinity",)):
+        raw = json.dumps(body_of(field, "@")).replace('"@"', nothing)
+        assert reason_of(raw.encode(), "img2img").startswith(f"{field}: got {nothing}, allowed is ")
+
+
+def test_texts_may_be_long_and_no_longer() -> None:
+    for field in ("prompt", "negative_prompt", "hr_prompt", "hr_negative_prompt"):
+        read(**{field: "a" * 20_000})
+        body = json.dumps({field: "a" * 20_001}).encode()
+        wanted = f"{field}: got 20001 characters, allowed is a text of up to 20000 characters"
+        assert reason_of(body) == wanted
+
+
+def test_a_reason_does_not_quote_prompts_and_says_little_of_long_values() -> None:
+    told = reason_of(json.dumps({"prompt": {"secret": "wish"}}).encode())
+    assert "wish" not in told
+    told = reason_of(json.dumps({"width": "9" * 5000}).encode())
+    assert told == "width: got 5000 characters, allowed is a whole number from 64 to 2048"
+    told = reason_of(json.dumps({"width": [9] * 5000}).encode())
+    assert len(told) < 200
+
+
+@pytest.mark.parametrize(
+    ("task_type", "body", "reason"),
+    [
+        ("img2img", {}, "init_images: got none, allowed is a list of at least one picture"),
+        ("img2img", {"init_images": []}, "init_images: got none"),
+        (
+            "img2img",
+            {"init_images": [PICTURE] * 3, "batch_size": 2},
+            "init_images: got 3 pictures, allowed is up to batch_size (2)",
+        ),
+        (
+            "txt2img",
+            {"batch_size": 2, "n_iter": 65},
+            "batch_size and n_iter: got 2 x 65 pictures, allowed are 128 in all",
+        ),
+        (
+            "txt2img",
+            {"override_settings": {"samples_format": "tiff"}},
+            'override_settings.samples_format: got "tiff", allowed is one of png, jpg, webp',
+        ),
+        (
+            "txt2img",
+            {"override_settings": {"k_sched_type": "steep"}},
+            'override_settings.k_sched_type: got "steep", allowed is one of automatic, uniform,',
+        ),
+        (
+            "txt2img",
+            {"override_settings": {"sigma_min": 2, "sigma_max": 2}},
+            "override_settings.sigma_min: allowed is what is below sigma_max",
+        ),
+        (
+            "txt2img",
+            {"enable_hr": True, "width": 2048, "hr_scale": 2.5},
+            "hires fix: got a size of 5120x1280, allowed are sides from 64 to 4096",
+        ),
+        (
+            "txt2img",
+            {"enable_hr": True, "hr_resize_x": 16},
+            "hires fix: got a size of 16x16, allowed are sides from 64 to 4096",
+        ),
+        (
+            "txt2img",
+            {"firstphase_width": 8},
+            "firstphase_width: got 8, allowed is a whole number from 64 to 2048",
+        ),
+        (
+            "txt2img",
+            {"firstphase_height": 63},
+            "firstphase_height: got 63, allowed is a whole number from 64 to 2048",
+        ),
+        (
+            "txt2img",
+            {"override_settings": {"rho": 0.001}},
+            "override_settings.rho: got 0.001, allowed is a number from 0.1 to 100",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_refused(
+    task_type: str, body: dict[str, Any], reason: str
+) -> None:
+    assert reason_of(json.dumps(body).encode(), task_type).startswith(reason)
+
+
+# What clients really send
+
+
+def test_bodies_of_real_clients_are_read() -> None:
+    body = b"""{"prompt": "cat", "negative_prompt": null, "steps": "20", "cfg_scale": 7,
+        "width": 515, "s_tmax": Infinity, "s_churn": 0, "foo": [1], "sampler_index": 3,
+        "restore_faces": false, "seed": 12.0, "tiling": "False", "batch_size": "2",
+        "sampler_name": "k_dpmpp_2m", "scheduler": "karras", "styles": [], "eta": null,
+        "override_settings": {"sd_vae": "Automatic", "eta_noise_seed_delta": 31337, "bar": NaN,
+            "randn_source": "GPU", "rho": null},
+        "alwayson_scripts": {"controlnet": {"args": []}, "Tiled VAE": {"args": [true]}}}"""
+    params, raw, warnings = parse_painting(body, "txt2img")
+    assert (params.steps, params.width, params.sampler.name) == (20, 512, "DPM++ 2M Karras")
+    assert (params.seed, params.tiling, params.batch_size) == (12, False, 2)
+    assert params.highest_churn == math.inf
+    assert params.override_settings.eta_noise_seed_delta == 31337
+    assert raw["foo"] == [1]
+    assert "negative_prompt" not in raw
+    assert warnings == [
+        "foo: no effect here",
+        "override_settings.bar: no effect here",
+        "override_settings.randn_source: no effect here",
+        'alwayson_scripts."Tiled VAE": no effect here',
+        "width 515: rounded to 512, a multiple of 8",
+    ]
+
+
+def test_what_asks_for_nothing_is_passed_over() -> None:
+    _, warnings = read(
+        restore_faces=False,
+        styles=[],
+        send_images=True,
+        save_images=False,
+        do_not_save_samples=True,
+        override_settings_restore_afterwards=False,
+        comments={},
+        firstphase_width=0,
+        resize_mode=0,
+        init_images=[],
+        mask="",
+        denoising_strength=0.5,
+        override_settings={"randn_source": "CPU"},
+        alwayson_scripts={},
+    )
+    assert warnings == []
+
+
+@pytest.mark.parametrize(
+    ("body", "warning"),
+    [
+        ({"styles": ["anime"]}, "styles: no effect here"),
+        ({"restore_faces": True}, "restore_faces: no effect here"),
+        ({"send_images": False}, "send_images: no effect here"),
+        ({"units": []}, "units: no effect here"),
+        ({"x" * 500: 1}, "x" * 59 + "…: no effect here"),
+        ({"sampler_index": 4}, "sampler_index 4: not a name, Euler was used"),
+        (
+            {"scheduler": "karras", "sampler_name": "UniPC"},
+            'scheduler "karras": no effect on UniPC',
+        ),
+        ({"scheduler": "steep"}, 'scheduler "steep": no effect on Euler'),
+        (
+            {"sampler_name": "DDIM", "override_settings": {"k_sched_type": "karras"}},
+            "override_settings.k_sched_type: no effect on DDIM",
+        ),
+        ({"sampler_name": "Euler a", "s_churn": 1}, "s_churn: no effect on Euler a"),
+        ({"sampler_name": "Euler", "eta": 0.5}, "eta: no effect on Euler"),
+        ({"height": 100}, "height 100: rounded to 96, a multiple of 8"),
+        ({"init_images": [PICTURE], "batch_size": 1}, "init_images: no effect here"),
+        ({"mask": PICTURE}, "mask: no effect here"),
+        ({"inpainting_fill": 2}, "inpainting_fill: no effect here"),
+    ],
+)
+def test_a_field_without_effect_is_told(body: dict[str, Any], warning: str) -> None:
+    assert read(**body)[1] == [warning]
+
+
+def test_a_field_of_the_other_task_is_told_and_left_out() -> None:
+    other = {"enable_hr": True, "hr_scale": 3, "hr_upscaler": "Lanczos", "hr_prompt": "x"}
+    params, warnings = read("img2img", **other, firstphase_width=128)
+    assert [warning.split(":")[0] for warning in warnings] == [*other, "firstphase_width"]
+    assert (params.enable_hr, params.width) == (False, 512)
+    params, warnings = read(init_images=[PICTURE], mask=PICTURE, resize_mode=1, mask_blur=9)
+    told = [warning.split(":")[0] for warning in warnings]
+    assert told == ["init_images", "mask", "resize_mode", "mask_blur"]
+    assert (params.init_images, params.mask, params.blur) == ([], "", (4, 4))
+
+
+def test_numbers_of_img2img_may_come_as_text() -> None:
+    params, _ = read("img2img", resize_mode="1", inpainting_fill="2", mask_blur="3")
+    assert (params.resize_mode, params.inpainting_fill, params.blur) == (1, 2, (3, 3))
+
+
+def test_texts_with_half_characters_are_read() -> None:
+    """A tokenizer and a log take whole characters only."""
+    params, raw, _ = parse_painting(
+        rb'{"prompt": "a \ud800 b", "\udfff": "\ud83d\ude00"}', "txt2img"
+    )
+    assert params.prompt == "a ? b"
+    assert raw["?"] == "\N{GRINNING FACE}"
+
+
+def test_the_mask_may_be_blurred_alike_or_each_way() -> None:
+    assert read("img2img")[0].blur == (4, 4)
+    assert read("img2img", mask_blur=7, mask_blur_x=1)[0].blur == (7, 7)
+    assert read("img2img", mask_blur_x=1, mask_blur_y=0)[0].blur == (1, 0)
+
+
+def test_the_noise_multiplier_of_the_body_goes_before_that_of_the_settings() -> None:
+    settings = {"initial_noise_multiplier": 0.5}
+    assert read("img2img")[0].noise_multiplier == 1
+    assert read("img2img", override_settings=settings)[0].noise_multiplier == 0.5
+    told = {"override_settings": settings, "initial_noise_multiplier": 0.7}
+    assert read("img2img", **told)[0].noise_multiplier == 0.7
+
+
+# Samplers and levels
+
+
+def test_samplers_go_by_the_names_of_the_webui() -> None:
+    assert len(SAMPLERS) == 31
+    assert find_sampler("euler A") is find_sampler("k_euler_a") is SAMPLERS["Euler a"]
+    assert find_sampler(" k_dpmpp_2m_sde_ka ") is SAMPLERS["DPM++ 2M SDE Karras"]
+    assert find_sampler("k_dpmpp_3m_sde_exp") is SAMPLERS["DPM++ 3M SDE Exponential"]
+    assert find_sampler("k_euler_x") is None
+    assert find_sampler("karras") is None
+
+
+@pytest.mark.parametrize(
+    ("sampler", "scheduler", "name", "kind"),
+    [
+        ("", "", "Euler", "automatic"),
+        ("Euler", "Karras", "Euler Karras", "karras"),
+        ("Euler", "SGM Uniform", "Euler SGM Uniform", "sgm_uniform"),
+        ("Euler", "sgm_uniform", "Euler SGM Uniform", "sgm_uniform"),
+        ("DPM++ 2M", "Automatic", "DPM++ 2M", "automatic"),
+        ("DPM++ 2M", "karras", "DPM++ 2M Karras", "karras"),
+        ("DPM++ 2M Karras", "Karras", "DPM++ 2M Karras", "karras"),
+        ("DPM++ 2M Karras", "Automatic", "DPM++ 2M Karras", "karras"),
+        ("DPM++ 2M Karras", "Exponential", "DPM++ 2M Karras", "karras"),
+        ("Restart", "Exponential", "Restart Exponential", "exponential"),
+    ],
+)
+def test_a_scheduler_names_a_variant_of_the_sampler(
+    sampler: str, scheduler: str, name: str, kind: str
+) -> None:
+    params, _ = read(sampler_name=sampler, scheduler=scheduler, enable_hr=True)
+    assert (params.sampler.name, params.sampler.spread.kind) == (name, kind)
+    assert params.hr_sampler == params.sampler
+
+
+def test_a_sampler_may_be_named_by_the_old_field() -> None:
+    assert read(sampler_index="DDIM")[0].sampler.name == "DDIM"
+    assert read(sampler_index="DDIM", sampler_name="LMS")[0].sampler.name == "LMS"
+
+
+def test_the_second_pass_may_have_a_sampler_of_its_own() -> None:
+    for name, wanted in (("", "LMS"), ("Use same sampler", "LMS"), ("Heun", "Heun")):
+        params, _ = read(enable_hr=True, sampler_name="LMS", hr_sampler_name=name)
+        assert params.hr_sampler.name == wanted
+
+
+def test_settings_say_how_levels_are_spread() -> None:
+    settings = {"k_sched_type": "Exponential", "sigma_min": 0.1, "sigma_max": 10, "rho": 5}
+    params, _ = read(sampler_name="DPM2", override_settings=settings)
+    spread = params.spread(params.sampler)
+    assert (spread.kind, spread.sigma_min, spread.sigma_max, spread.rho) == (
+        "exponential",
+        0.1,
+        10,
+        5,
+    )
+    assert spread.drop_last_but_one  # DPM2's own
+    plain, _ = read(sampler_name="Euler")
+    assert not plain.spread(plain.sampler).drop_last_but_one
+    told, _ = read(override_settings={"always_discard_next_to_last_sigma": True})
+    assert told.spread(told.sampler).drop_last_but_one
+
+
+# Hires fix
+
+
+@pytest.mark.parametrize(
+    ("body", "size"),
+    [
+        ({}, (1024, 1024, 0, 0)),
+        ({"hr_scale": 1.5, "width": 520}, (780, 768, 0, 0)),
+        ({"hr_resize_x": 800, "width": 512, "height": 640}, (800, 1000, 0, 0)),
+        ({"hr_resize_y": 800, "width": 512, "height": 640}, (640, 800, 0, 0)),
+        ({"hr_resize_x": 1024, "hr_resize_y": 768}, (1024, 1024, 0, 32)),
+        ({"hr_resize_x": 768, "hr_resize_y": 1024}, (1024, 1024, 32, 0)),
+        ({"hr_resize_x": 1024, "hr_resize_y": 1024}, (1024, 1024, 0, 0)),
+        ({"hr_resize_x": 100, "hr_resize_y": 70}, (100, 100, 0, 3)),
+        ({"firstphase_width": 256, "firstphase_height": 128}, (1024, 512, 64, 0)),
+    ],
+)
+def test_the_size_of_the_second_pass_is_the_webuis(
+    body: dict[str, Any], size: tuple[int, int, int, int]
+) -> None:
+    """Width and height to scale to, and the latent columns and rows to cut off then."""
+    assert read(enable_hr=True, **body)[0].hires_size == size
+
+
+def test_a_first_phase_of_its_own_size_ends_at_the_size_asked_for() -> None:
+    params, _ = read(width=640, height=512, firstphase_width=320, firstphase_height=256)
+    assert (params.width, params.height) == (320, 256)
+    assert (params.hr_resize_x, params.hr_resize_y) == (640, 512)
+    params, _ = read(width=640, height=512, firstphase_width=320)
+    assert (params.width, params.height) == (320, 512)
+
+
+# ControlNet
+
+
+def units_of(*units: dict[str, Any]) -> tuple[list[ControlUnit], list[str]]:
+    params, warnings = read(alwayson_scripts={"ControlNet": {"args": [*units]}})
+    return params.units, warnings
+
+
+def test_units_are_read_under_old_and_new_names() -> None:
+    (unit,), warnings = units_of(
+        {
+            "preprocessor": "canny",
+            "model": "control_canny",
+            "input_image": PICTURE,
+            "mask_image": "m",
+            "guidance": 0.5,
+            "resize_mode": "Scale to Fit (Inner Fit)",
+            "control_mode": "ControlNet is more important",
+            "lowvram": True,
+            "hr_option": "Both",
+            "pixel_perfect": "true",
+        }
+    )
+    assert warnings == []
+    assert (unit.module, unit.model, unit.picture, unit.picture_mask) == (
+        "canny",
+        "control_canny",
+        PICTURE,
+        "m",
+    )
+    assert (unit.guidance_end, unit.resize_mode, unit.control_mode) == (0.5, 1, 2)
+    assert unit.pixel_perfect
+
+
+def test_a_unit_may_have_its_picture_and_mask_in_one_object() -> None:
+    (unit,), _ = units_of({"image": {"image": "a", "mask": "b"}})
+    assert (unit.picture, unit.picture_mask) == ("a", "b")
+    (unit,), _ = units_of({"image": {"image": "a"}, "mask": "c"})
+    assert (unit.picture, unit.picture_mask) == ("a", "c")
+
+
+@pytest.mark.parametrize(
+    ("given", "resize_mode", "control_mode"),
+    [
+        ((0, 0), 0, 0),
+        (("2", "1"), 2, 1),
+        (("Just Resize", "Balanced"), 0, 0),
+        (("Crop and Resize", "My prompt is more important"), 1, 1),
+        (("Resize and Fill", "ControlNet is more important"), 2, 2),
+        (("Envelope (Outer Fit)", "ControlMode.BALANCED"), 2, 0),
+        (("Inner Fit (Scale to Fit)", "balanced"), 1, 0),
+        (("Outer Fit (Shrink to Fit)", 2), 2, 2),
+        (("ResizeMode.RESIZE", "ControlMode.PROMPT"), 0, 1),
+        (("ResizeMode.INNER_FIT", "ControlMode.CONTROL"), 1, 2),
+        (("ResizeMode.OUTER_FIT", 0), 2, 0),
+    ],
+)
+def test_modes_are_numbers_or_texts(
+    given: tuple[object, object], resize_mode: int, control_mode: int
+) -> None:
+    (unit,), _ = units_of({"resize_mode": given[0], "control_mode": given[1]})
+    assert (unit.resize_mode, unit.control_mode) == (resize_mode, control_mode)
+
+
+def test_units_that_are_off_are_left_out() -> None:
+    units, warnings = units_of({"enabled": False, "model": "x"}, {"model": "y"})
+    assert [unit.model for unit in units] == ["y"]
+    assert warnings == []
+
+
+def test_what_a_unit_asks_for_in_vain_is_told() -> None:
+    _, warnings = units_of({"model": "x"}, {"loopback": True, "weights": [1], "low_vram": True})
+    assert warnings == [
+        "alwayson_scripts.controlnet.args[1].loopback: no effect here",
+        "alwayson_scripts.controlnet.args[1].weights: no effect here",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("scripts", "reason"),
+    [
+        ([1], "alwayson_scripts: got [1], allowed is an object"),
+        ({"controlnet": 5}, "alwayson_scripts.controlnet: got 5, allowed is an object"),
+        (
+            {"controlnet": {"args": "x"}},
+            'alwayson_scripts.controlnet.args: got "x", allowed is a list',
+        ),
+        (
+            {"controlnet": {"args": [None]}},
+            "alwayson_scripts.controlnet.args[0]: got null, allowed is an object",
+        ),
+        (
+            {"controlnet": {"args": [{}, {"weight": 3}]}},
+            "alwayson_scripts.controlnet.args[1].weight: got 3, allowed is a number from 0 to 2",
+        ),
+        (
+            {"controlnet": {"args": [{"resize_mode": 3}]}},
+            "alwayson_scripts.controlnet.args[0].resize_mode: got 3, allowed is one of 0 (Just Res",
+        ),
+        (
+            {"controlnet": {"args": [{"control_mode": "Wild"}]}},
+            'alwayson_scripts.controlnet.args[0].control_mode: got "Wild", allowed is one of 0 (Ba',
+        ),
+        (
+            {"controlnet": {"args": [{"threshold_a": 1e9}]}},
+            "alwayson_scripts.controlnet.args[0].threshold_a: got 1000000000.0, allowed is a",
+        ),
+        (
+            {"controlnet": {"args": [{"threshold_b": math.nan}]}},
+            "alwayson_scripts.controlnet.args[0].threshold_b: got NaN, allowed is a number",
+        ),
+        ({"controlnet": {"args": [{}] * 11}}, "alwayson_scripts.controlnet: got 11 units, allowed"),
+    ],
+)
+def test_units_that_can_not_be_read_are_refused(scripts: object, reason: str) -> None:
+    assert reason_of(json.dumps({"alwayson_scripts": scripts}).encode()).startswith(reason)
+
+
+def test_units_are_no_field_of_their_own() -> None:
+    units, warnings = parse_units(None)
+    assert (units, warnings) == ([], [])
+    params, _ = read(units=[{"model": "x"}])
+    assert params.units == []
+
+
+# rembg and extras
+
+
+def test_bodies_of_rembg_are_read() -> None:
+    params, raw, warnings = parse_cutting(
+        b"""{"input_image": "x", "model": "sam", "return_mask": "true", "bgcolor": [1, 2, 3],
+        "alpha_matting_erode_size": "7", "foo": null, "bar": 1,
+        "sam_prompt": [{"type": "point", "data": [3, 4]},
+                       {"type": "rectangle", "data": [1, 2, 3, 4], "label": 0}]}"""
+    )
+    assert (params.return_mask, params.bgcolor, params.alpha_matting_erode_size) == (
+        True,
+        [1, 2, 3],
+        7,
+    )
+    assert params.marks == [
+        {"type": "point", "data": [3.0, 4.0], "label": 1},
+        {"type": "rectangle", "data": [1.0, 2.0, 3.0, 4.0], "label": 0},
+    ]
+    assert warnings == ["bar: no effect here"]
+    assert "foo" not in raw
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ({"alpha_matting_erode_size": -1}, "alpha_matting_erode_size: got -1, allowed is a whole"),
+        (
+            {"alpha_matting_foreground_threshold": 256},
+            "alpha_matting_foreground_threshold: got 256",
+        ),
+        ({"alpha_matting_background_threshold": "x"}, "alpha_matting_background_threshold: got "),
+        ({"bgcolor": 5}, "bgcolor: got 5, allowed is a list of 3 to 4 items, each a whole number"),
+        ({"bgcolor": [1, 2]}, "bgcolor: got [1, 2], allowed is a list of 3 to 4 items"),
+        ({"bgcolor": [1, 2, 300]}, "bgcolor[2]: got 300, allowed is a list of 3 to 4 items"),
+        ({"cloth_category": "hat"}, 'cloth_category: got "hat", allowed is one of full, lower, up'),
+        ({"input_image": 5}, "input_image: got 5, allowed is a text"),
+        ({"only_mask": "x"}, 'only_mask: got "x", allowed is true or false'),
+        ({"sam_prompt": [{}]}, "sam_prompt[0]: `type` is missing"),
+        ({"sam_prompt": [{"type": "x"}]}, "sam_prompt[0].type: got another value (str), allowed"),
+        ({"sam_prompt": [{"type": "point", "data": [1]}]}, "sam_prompt[0].data: got another value"),
+    ],
+)
+def test_a_wrong_field_of_rembg_is_named(body: dict[str, Any], reason: str) -> None:
+    with pytest.raises(JobFailure) as failure:
+        parse_cutting(json.dumps(body).encode())
+    assert str(failure.value).startswith(reason)
+
+
+def test_bodies_of_extras_are_read() -> None:
+    params, _, warnings = parse_enlarging(
+        b"""{"image": "x", "resize_mode": "1", "upscaling_resize_w": "64", "upscaler_1": "Lanczos",
+        "upscaling_resize_h": 128, "upscaling_crop": 0, "extras_upscaler_2_visibility": 0.5,
+        "gfpgan_visibility": 0, "codeformer_visibility": 0, "codeformer_weight": 0,
+        "show_extras_results": true, "upscale_first": false, "imageList": []}"""
+    )
+    assert (params.resize_mode, params.upscaling_resize_w, params.upscaling_crop) == (1, 64, False)
+    assert warnings == ["imageList: no effect here"]
+    _, _, warnings = parse_enlarging(b'{"gfpgan_visibility": 0.5, "codeformer_visibility": 0}')
+    assert "faces are not restored here" in warnings
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ({"upscaling_resize": 9}, "upscaling_resize: got 9, allowed is a number from 1 to 8"),
+        ({"upscaling_resize": 0.5}, "upscaling_resize: got 0.5, allowed is a number from 1 to 8"),
+        ({"resize_mode": 2}, "resize_mode: got 2, allowed is one of 0, 1"),
+        ({"upscaling_resize_w": 0}, "upscaling_resize_w: got 0, allowed is a whole number from 1"),
+        ({"upscaling_resize_h": 8193}, "upscaling_resize_h: got 8193, allowed is a whole number"),
+        ({"upscaler_1": 1}, "upscaler_1: got 1, allowed is a text"),
+        ({"extras_upscaler_2_visibility": 2}, "extras_upscaler_2_visibility: got 2, allowed is a"),
+    ],
+)
+def test_a_wrong_field_of_extras_is_named(body: dict[str, Any], reason: str) -> None:
+    with pytest.raises(JobFailure) as failure:
+        parse_enlarging(json.dumps(body).encode())
+    assert str(failure.value).startswith(reason)
+
+
+# Whatever is sent
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(["Euler", "karras", "Infinity", "1e400", "-1", "none", "#fff", "\ud800"]),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    ),
+    max_leaves=8,
+)
+
+
+def bodies_of(*params: type[msgspec.Struct], more: tuple[str, ...] = ()) -> st.SearchStrategy[Any]:
+    names = [name for struct in params for name in struct.__struct_fields__]
+    known = st.sampled_from([*names, *more])
+    inner = st.dictionaries(known, VALUES, max_size=6)
+    return st.dictionaries(known | st.text(max_size=8), VALUES | inner, max_size=10) | VALUES
+
+
+@settings(max_examples=400, deadline=None)
+@given(bodies_of(PaintingParams, OverrideSettings, more=("alwayson_scripts", "controlnet")))
+def test_any_json_is_read_or_refused_as_a_painting(body: object) -> None:
+    for task_type in ("txt2img", "img2img"):
+        with suppress(JobFailure):
+            parse_painting(json.dumps(body).encode(), task_type)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.dictionaries(st.sampled_from([f.name for f in msgspec.structs.fields(ControlUnit)]), VALUES)
+)
+def test_any_json_is_read_or_refused_as_a_unit(unit: object) -> None:
+    with suppress(JobFailure):
+        read(alwayson_scripts={"controlnet": {"args": [unit]}})
+
+
+@settings(max_examples=200, deadline=None)
+@given(bodies_of(CuttingParams, EnlargingParams, more=("type", "data", "label")))
+def test_any_json_is_read_or_refused_as_a_picture_to_be_worked_on(body: object) -> None:
+    packed = json.dumps(body).encode()
+    for parse in (parse_cutting, parse_enlarging):
+        with suppress(JobFailure):
+            parse(packed)
+
+
+@pytest.mark.parametrize("depth", [100, 400, 600, 900, 2000])
+def test_json_of_any_depth_is_read_or_refused(depth: int) -> None:
+    for field in ("foo", "script_args", "prompt", "override_settings"):
+        body = f'{{"{field}": {"[" * depth}{"]" * depth}}}'.encode()
+        with suppress(JobFailure):
+            parse_painting(body, "txt2img")
