@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 from collections.abc import Iterator
@@ -12,7 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from deploy.local.client import Client
 from deploy.local.demo import CHECKPOINT
@@ -255,6 +259,78 @@ def test_a_broken_checkpoint_fails_the_job_and_not_the_worker(
     assert "Traceback" not in job["error"]
     after = artist.run_job("txt2img", MODEL, params("a red heart", steps=2), seconds=60)
     assert after["status"] == "succeed"
+
+
+def test_a_running_job_is_cancelled_and_the_next_one_is_rendered(artist: Client) -> None:
+    """It is seen coming to be until then, and none of it stays."""
+    job_id = artist.create_job("txt2img", MODEL, params("a cyan cross", steps=150, n_iter=50))
+    artist.start_job(job_id)
+    names = []
+    for event in artist.events(f"/inferences/{job_id}/events"):
+        names.append(event.name)
+        if event.name == "progress":
+            assert event.data["eta_seconds"] is None or event.data["eta_seconds"] > 0
+        if event.name == "preview":
+            preview = Image.open(io.BytesIO(base64.b64decode(event.data["image"])))
+            assert preview.size == (8, 8)
+            break
+    assert "progress" in names
+    cancelled = artist.cancel_job(job_id)
+    assert (cancelled["status"], cancelled["error"]) == ("failed", 'cancelled by "admin"')
+    assert cancelled["img_presigned_urls"] == []
+    following = artist.run_job("txt2img", MODEL, params("a red heart", steps=2), seconds=15)
+    assert following["status"] == "succeed"
+
+
+def test_hires_fix_renders_a_larger_picture(artist: Client) -> None:
+    body = params("a red circle on a yellow background", enable_hr=True, hr_scale=2)
+    body |= {"hr_upscaler": "Lanczos", "denoising_strength": 0.5, "hr_second_pass_steps": 6}
+    job = artist.run_job("txt2img", MODEL, body)
+    (picture,) = images(artist, job)
+    assert picture.shape == (128, 128, 3)
+    assert near(picture[48:80, 48:80], RED).mean() > 0.6
+
+
+def test_a_picture_is_enlarged(artist: Client) -> None:
+    picture = np.zeros((40, 60, 3), np.uint8)
+    picture[:, 30:] = 255
+    body = {"image": encode(picture), "upscaling_resize": 3, "upscaler_1": "Nearest"}
+    job = artist.run_job("extra-single-image", {}, body)
+    (enlarged,) = images(artist, job)
+    assert (enlarged == picture.repeat(3, axis=0).repeat(3, axis=1)).all()
+
+
+def test_a_lora_from_the_registry_changes_the_picture(artist: Client, tmp_path: Path) -> None:
+    """And what it was made with is written down. One that is not named fails the job with what to
+    do about it."""
+    lora = tmp_path / "bright.safetensors"
+    key = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_v"
+    with safe_open(CHECKPOINT, "pt") as file:
+        block = "model.diffusion_model.middle_block.1.transformer_blocks.0"
+        width, context = file.get_tensor(f"{block}.attn2.to_v.weight").shape
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        f"{key}.lora_down.weight": torch.randn(4, context, generator=generator),
+        f"{key}.lora_up.weight": torch.randn(width, 4, generator=generator),
+    }
+    save_file(tensors, lora)
+    if artist.find_checkpoint("Lora", lora.name) is None:
+        artist.upload_checkpoint("Lora", lora)
+    body = params("a red heart <lora:bright:0.8>")
+    job = artist.run_job("txt2img", {**MODEL, "Lora": [lora.name]}, body)
+    (changed,) = images(artist, job)
+    (plain,) = images(artist, artist.run_job("txt2img", MODEL, params("a red heart")))
+    assert np.abs(changed.astype(int) - plain.astype(int)).mean() > 2
+    told = json.loads(artist.download(job["output_presigned_urls"][0]))
+    assert 'Lora hashes: "bright: ' in json.loads(told["info"])["infotexts"][0]
+    weights = {weight["name"]: weight["sha256"] for weight in told["receipt"]["weights"]}
+    assert weights == {
+        CHECKPOINT.name: hashlib.sha256(CHECKPOINT.read_bytes()).hexdigest(),
+        lora.name: hashlib.sha256(lora.read_bytes()).hexdigest(),
+    }
+    failed = artist.run_job("txt2img", MODEL, body, seconds=30)
+    assert failed["status"] == "failed"
+    assert 'Name it in models: {"Lora": ["bright"]}' in failed["error"]
 
 
 def test_jobs_of_a_deleted_endpoint_fail_with_a_reason(artist: Client) -> None:
