@@ -61,3 +61,7 @@ format: setup
 # measure; see tests/bench
 bench *ARGS: setup
     @{{ python }} -m tests.bench "$@"
+
+# measure the engine on a GPU: `just bench-gpu`, or `just bench-gpu --small` anywhere
+bench-gpu *ARGS: setup
+    @{{ python }} -m tests.bench.gpu "$@"

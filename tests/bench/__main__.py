@@ -6,6 +6,9 @@ Starts a stack of its own and removes it. Trust the ratios, not the milliseconds
 from __future__ import annotations
 
 import asyncio
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import psutil
 
@@ -16,30 +19,51 @@ from tests.bench import http, jobs
 from tests.bench.report import Row, print_table
 
 THREADS = 1
+NAMES = ("jobs", "memory", "http")
 
 
 def main() -> None:
-    with Stack.temporary(settings={"DARKROOM_WORKER_THREADS": str(THREADS)}) as stack:
-        measure(stack)
+    wanted = sys.argv[1:] or NAMES
+    if unknown := set(wanted) - set(NAMES):
+        raise SystemExit(f"just bench [{' '.join(NAMES)}]; got {', '.join(unknown)}")
+    with jobs.bare_pipeline(THREADS) as bare:
+        if "jobs" in wanted:
+            with stack_with(jobs_in_hand=1) as (_, client):
+                rows = jobs.many(client, bare, "one after the other")
+            with stack_with(batch_rows=2) as (_, client):
+                rows += jobs.many(client, bare, "side by side, not batched")
+        with stack_with() as (stack, client):
+            if "jobs" in wanted:
+                rows += jobs.many(client, bare, "side by side, batched")
+                rows += jobs.one_by_one(client, bare) + jobs.cancelling(client)
+                print_table("Jobs end to end", "bare diffusers pipeline", rows)
+            if "memory" in wanted:
+                client.run_job("txt2img", jobs.MODELS, {"prompt": "x", "steps": 9, "width": 64})
+                print_table("Resident memory after jobs", "", _memory(stack))
+            if "http" in wanted:
+                job = client.run_job("txt2img", jobs.MODELS, {"prompt": "x", "steps": 1})
+                http_rows = asyncio.run(http.run(stack, client, job["InferenceJobId"]))
+                print_table("HTTP, p50 / p99", "bare Litestar + asyncpg", http_rows)
 
 
-def measure(stack: Stack) -> None:
-    settings = stack.environment()
-    client = Client.log_in(
-        settings["DARKROOM_URL"],
-        settings["DARKROOM_API_KEY"],
-        settings["DARKROOM_ADMIN_USER"],
-        settings["DARKROOM_ADMIN_PASSWORD"],
-    )
-    client.upload_checkpoint("Stable-diffusion", CHECKPOINT)
-    client.create_endpoint("bench")
-    client.wait_for_endpoint("bench")
-    rows = jobs.run(client, THREADS)
-    print_table("A job end to end", "bare diffusers pipeline", rows)
-    print_table("Resident memory after those jobs", "", _memory(stack))
-    job = client.run_job("txt2img", jobs.MODELS, {"prompt": "x", "steps": 1, "width": 64})
-    http_rows = asyncio.run(http.run(stack, client, job["InferenceJobId"]))
-    print_table("HTTP, p50 / p99", "bare Litestar + asyncpg", http_rows)
+@contextmanager
+def stack_with(**settings: object) -> Iterator[tuple[Stack, Client]]:
+    """A stack with one worker and the demo checkpoint."""
+    told = {f"DARKROOM_{name.upper()}": str(value) for name, value in settings.items()}
+    told["DARKROOM_WORKER_THREADS"] = str(THREADS)
+    with Stack.temporary(settings=told) as stack:
+        known = stack.environment()
+        client = Client.log_in(
+            known["DARKROOM_URL"],
+            known["DARKROOM_API_KEY"],
+            known["DARKROOM_ADMIN_USER"],
+            known["DARKROOM_ADMIN_PASSWORD"],
+        )
+        client.upload_checkpoint("Stable-diffusion", CHECKPOINT)
+        client.create_endpoint("bench")
+        client.wait_for_endpoint("bench")
+        client.run_job("txt2img", jobs.MODELS, {"prompt": "x", "steps": 1, "width": 64})
+        yield stack, client
 
 
 def _memory(stack: Stack) -> list[Row]:
