@@ -29,6 +29,7 @@ from shared.settings import ObjectSettings
 ROOT = Path(__file__).resolve().parents[2]
 FIELDS = ROOT / "services" / "inference" / "FIELDS.md"
 PARAMS = (PaintingParams, OverrideSettings, ControlUnit, EnlargingParams, CuttingParams)
+NOT_OF_THE_BODY = {"units", "number"}
 SERVICES = ("gateway", "identity", "models", "endpoints", "inference")
 FOR_CLIENTS = {
     "DARKROOM_URL",
@@ -126,7 +127,7 @@ def _fields() -> Iterator[str]:
     named = set(re.findall(r"`([\w.]+)`", FIELDS.read_text()))
     for struct in PARAMS:
         for field in msgspec.structs.fields(struct):
-            if field.name not in named and field.name != "units":
+            if field.name not in named | NOT_OF_THE_BODY:
                 yield f"{FIELDS.relative_to(ROOT)}: {struct.__name__}.{field.name} is left out"
 
 

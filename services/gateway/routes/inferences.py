@@ -192,12 +192,7 @@ async def start_inference(
 ) -> Response[Answer[InferenceView]]:
     """Starts a job whose params are uploaded. Async: 202. Real-time: 200 with the finished job,
     or 202 when it takes longer than the gateway waits."""
-    job = await gateway.views.find_job(id)
-    compat.claim(request, job.owner if job else None, or_administrator=True)
-    person = await gateway.authorize(request, "inference:create")
-    if job is None:
-        raise _not_found(id)
-    _check_owner(person, job)
+    person, job = await _authorized(request, gateway, id, "inference:create")
     return await _start(gateway, person, job, await gateway.ticket(request, person))
 
 
@@ -247,12 +242,7 @@ async def cancel_inference(
 ) -> Answer[InferenceView]:
     """Ends a job that has not ended: its status is `failed` and its error says who cancelled it.
     To cancel it again is no error."""
-    job = await gateway.views.find_job(id)
-    compat.claim(request, job.owner if job else None, or_administrator=True)
-    person = await gateway.authorize(request, "inference:create")
-    if job is None:
-        raise _not_found(id)
-    _check_owner(person, job)
+    person, job = await _authorized(request, gateway, id, "inference:create")
     command = CancelJob(job_id=job.job_id, username=person.username)
     await gateway.dispatcher.send(command, await gateway.ticket(request, person))
     return Answer(200, _view(gateway, await _get(gateway, job.job_id)))
@@ -265,12 +255,7 @@ async def get_inference(
     request: Request[Any, Any, Any], gateway: Gateway, id: str
 ) -> Answer[InferenceView]:
     """One job, with presigned URLs of its images once it has succeeded."""
-    job = await gateway.views.find_job(id)
-    compat.claim(request, job.owner if job else None, or_administrator=True)
-    person = await gateway.authorize(request, "inference:list")
-    if job is None:
-        raise _not_found(id)
-    _check_owner(person, job)
+    _, job = await _authorized(request, gateway, id, "inference:list")
     return Answer(200, _view(gateway, job))
 
 
@@ -288,6 +273,19 @@ async def delete_inferences(
     # Only what was found and checked is passed on: what comes to be meanwhile was not.
     command = DeleteJobs(job_ids=[job.job_id for job in found if job])
     await gateway.dispatcher.send(command, await gateway.ticket(request, person))
+
+
+async def _authorized(
+    request: Request[Any, Any, Any], gateway: Gateway, job_id: str, permission: str
+) -> tuple[Person, Job]:
+    """Who asks, and the job, which they may see."""
+    job = await gateway.views.find_job(job_id)
+    compat.claim(request, job.owner if job else None, or_administrator=True)
+    person = await gateway.authorize(request, permission)
+    if job is None:
+        raise _not_found(job_id)
+    _check_owner(person, job)
+    return person, job
 
 
 async def _get(gateway: Gateway, job_id: str) -> Job:

@@ -604,6 +604,9 @@ def test_units_are_no_field_of_their_own() -> None:
     assert (units, warnings) == ([], [])
     params, _ = read(units=[{"model": "x"}])
     assert params.units == []
+    units, warnings = parse_units({"controlnet": {"args": [{"enabled": False}, {"number": "x"}]}})
+    assert [unit.number for unit in units] == [1]
+    assert warnings == ["alwayson_scripts.controlnet.args[1].number: no effect here"]
 
 
 # rembg and extras

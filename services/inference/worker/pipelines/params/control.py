@@ -51,7 +51,8 @@ class ControlUnit(msgspec.Struct, frozen=True, kw_only=True):
     control_mode: int | str = 0
     pixel_perfect: bool = False
     number: int = 0
-    """Its place among the units of the body, those that are not enabled included."""
+    """Its place among the units of the body, those that are not enabled included; no field of
+    the body."""
 
     @property
     def picture(self) -> str:
@@ -98,10 +99,11 @@ def parse_units(scripts: Any) -> tuple[list[ControlUnit], list[str]]:
             where = f"{at}.args[{number}]."
             _checked(raw, dict, where[:-1])
             raw = {_RENAMED.get(key, key): value for key, value in raw.items()}
-            unit = convert(raw, ControlUnit, where)
+            known = {field.name for field in msgspec.structs.fields(ControlUnit)} - {"number"}
+            fields = {key: value for key, value in raw.items() if key in known}
+            unit = convert(fields, ControlUnit, where)
             if not unit.enabled:
                 continue
-            known = (field.name for field in msgspec.structs.fields(ControlUnit))
             warnings += ignored(raw, _HARMLESS, known, where)
             units.append(
                 msgspec.structs.replace(
