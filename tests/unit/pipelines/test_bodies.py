@@ -492,7 +492,7 @@ def units_of(*units: dict[str, Any]) -> tuple[list[ControlUnit], list[str]]:
 def test_units_are_read_under_old_and_new_names() -> None:
     (unit,), warnings = units_of(
         {
-            "preprocessor": "canny",
+            "preprocessor": "inpaint",
             "model": "control_canny",
             "input_image": PICTURE,
             "mask_image": "m",
@@ -506,7 +506,7 @@ def test_units_are_read_under_old_and_new_names() -> None:
     )
     assert warnings == []
     assert (unit.module, unit.model, unit.picture, unit.picture_mask) == (
-        "canny",
+        "inpaint",
         "control_canny",
         PICTURE,
         "m",
@@ -607,6 +607,13 @@ def test_units_are_no_field_of_their_own() -> None:
     units, warnings = parse_units({"controlnet": {"args": [{"enabled": False}, {"number": "x"}]}})
     assert [unit.number for unit in units] == [1]
     assert warnings == ["alwayson_scripts.controlnet.args[1].number: no effect here"]
+    units, warnings = parse_units(
+        {"controlnet": {"args": [{"mask": "x"}, {"mask": "x", "module": "inpaint_only"}]}}
+    )
+    assert len(units) == 2
+    assert warnings == [
+        "alwayson_scripts.controlnet.args[0].mask: no effect here but with a module for inpainting"
+    ]
 
 
 # rembg and extras

@@ -738,6 +738,119 @@ def seeing_nothing(model: Tiny, predict: Predict) -> Predict:
     return lambda x, time: predict(torch.cat([x, beside], 1), time)
 
 
+def masked_box(box: tuple[int, int, int, int], side: int = 64) -> Image.Image:
+    mask = Image.new("L", (side, side))
+    mask.paste(255, box)
+    return mask
+
+
+def test_what_is_not_masked_can_be_put_back(
+    bench: Bench, checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    """By inpaint_only, over a seam of a few pixels; its network sees what inpaint's does."""
+    _, path = checkpoints["SD 1.x"]
+    file = tmp_path / "inpaint.safetensors"
+    saved(checkpoints["SD 1.x"][0], file)
+    asked = {"mask": base64_of(masked_box((16, 16, 48, 48)))}
+    painted = controlled(bench, path, {file: unit(file, photo(), module="inpaint", **asked)})
+    put_back = controlled(bench, path, {file: unit(file, photo(), module="inpaint_only", **asked)})
+    assert torch.equal(put_back.latents[0], painted.latents[0])
+    inside, outside = np.s_[16:48, 16:48], np.ones((64, 64), bool)
+    outside[10:54, 10:54] = False
+    before = np.asarray(photo(), np.int16)
+    assert worst(put_back.pixels[0][inside], painted.pixels[0][inside]) == 0
+    assert worst(put_back.pixels[0][outside], before[outside]) == 0
+    assert worst(painted.pixels[0][outside], before[outside]) > 20
+    with pytest.raises(JobFailure, match=r"args\[0\].mask: got none, inpaint_only needs one"):
+        controlled(bench, path, {file: unit(file, photo(), module="inpaint_only")})
+
+
+@pytest.mark.parametrize("module", ["recolor_luminance", "recolor_intensity"])
+def test_a_recolored_picture_is_as_light_as_before(
+    bench: Bench, checkpoints: Checkpoints, tmp_path: Path, module: str
+) -> None:
+    model, path = checkpoints["SD 1.x"]
+    file = tmp_path / "recolor.safetensors"
+    saved(model, file)
+    grey = photo().convert("L").convert("RGB")
+    seen = controlled(bench, path, {file: unit(file, grey, module=module, processor_res=64)})
+
+    def light(pixels: Any) -> Any:
+        shown = Image.fromarray(np.asarray(pixels, np.uint8))
+        if module == "recolor_intensity":
+            return np.asarray(shown.convert("HSV"), np.int16)[..., 2]
+        levels = np.asarray(shown, np.float64) / 255  # sRGB to CIE lightness
+        even = np.where(levels <= 0.04045, levels / 12.92, ((levels + 0.055) / 1.055) ** 2.4)
+        y = even @ (0.2126, 0.7152, 0.0722)
+        return np.where(y > 216 / 24389, 116 * np.cbrt(y) - 16, y * 24389 / 27) * 2.55
+
+    shown, wanted = light(seen.pixels[0]), light(grey)
+    # Colors that RGB does not have at that lightness come out lighter or darker.
+    assert np.median(np.abs(shown - wanted)) <= 2
+    assert np.ptp(seen.pixels[0], axis=2).max() > 20
+
+
+def test_units_see_the_picture_and_the_mask_of_img2img(
+    bench: Bench, checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    model, path = checkpoints["SD 1.x"]
+    file = tmp_path / "inpaint.safetensors"
+    saved(model, file)
+    mask = base64_of(masked_box((16, 16, 48, 48)))
+    body: dict[str, Any] = {
+        "task_type": "img2img",
+        "init_images": [base64_of(photo())],
+        "mask": mask,
+        "mask_blur": 0,
+        "inpaint_full_res": False,
+        "denoising_strength": 0.6,
+    }
+    told = controlled(bench, path, {file: unit(file, photo(), module="inpaint", mask=mask)}, **body)
+    for module in ("inpaint", "inpaint_only"):
+        seen = controlled(bench, path, {file: unit(file, module=module)}, **body)
+        assert torch.equal(seen.latents[0], told.latents[0])
+        assert worst(seen.pixels[0], told.pixels[0]) == 0
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_units_see_only_what_is_rendered(
+    bench: Bench, checkpoints: Checkpoints, same: Same, tmp_path: Path, own: bool
+) -> None:
+    """Where only what is masked is painted, units are shown that part of the picture too."""
+    model, path = checkpoints["SD 1.x"]
+    file = tmp_path / "control.safetensors"
+    net = saved(model, file)
+    whole, box = photo(128, 128), (24, 32, 88, 96)
+    shown = photo(128, 128, seed=1) if own else whole
+    keep = torch.ones(1, 1, 8, 8)
+    keep[..., 3:5, 2:6] = 0
+    start = by_hand.encode_picture(model, whole.crop(box))
+    predict = by_hand_controlled(
+        model, [(net, hint_of(shown.crop(box)), [1.0] * OUTPUTS["SD 1.x"])]
+    )
+
+    def put_back(denoised: Tensor) -> Tensor:
+        return start * keep + denoised * (1 - keep)
+
+    drawn = by_hand.noise()
+    theirs = by_hand.run(model, predict, drawn, 10, picture=start, last=6, after=put_back)
+    seen = controlled(
+        bench,
+        path,
+        {file: unit(file, shown if own else None)},
+        task_type="img2img",
+        init_images=[base64_of(whole)],
+        mask=base64_of(masked_box((40, 56, 72, 72), 128)),
+        mask_blur=0,
+        inpainting_fill=1,
+        inpaint_full_res=True,
+        inpaint_full_res_padding=16,
+        steps=10,
+        denoising_strength=0.5,
+    )
+    same("ControlNet, only masked", seen.latents[0], put_back(theirs))
+
+
 def test_a_controlnet_of_another_family_is_refused(
     bench: Bench, checkpoints: Checkpoints, tmp_path: Path
 ) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from services.inference.worker.pipelines import JobFailure, hints
 from services.inference.worker.pipelines.denoising import Control
@@ -23,6 +23,8 @@ from services.inference.worker.pipelines.params.control import (
 )
 from services.inference.worker.pipelines.params.reading import short
 from services.inference.worker.pipelines.pictures.files import read_picture
+from services.inference.worker.pipelines.pictures.fitting import fit
+from services.inference.worker.pipelines.pictures.masks import Box
 
 CONTROLNET = "ControlNet"
 BALANCED, PROMPT_FIRST, CONTROL_FIRST = range(3)
@@ -31,11 +33,29 @@ SOFTENING = 0.825
 soft; the outermost are thirteenth at most."""
 
 
+class Source(msgspec.Struct, frozen=True, eq=False):
+    """What img2img starts from: for units without a picture or mask of their own. `mask` is as
+    large as the picture it was made for, white where that is painted anew; `box`: the part of it
+    that is rendered, where that is not the whole."""
+
+    picture: Image.Image | None = None
+    resize_mode: int = 0
+    mask: Image.Image | None = None
+    box: Box | None = None
+
+
 class _Unit(msgspec.Struct, frozen=True, eq=False):
     unit: ControlUnit
     file: ModelFile
     picture: Image.Image | None
     mask: Image.Image | None
+
+
+class _Look(msgspec.Struct, frozen=True, eq=False):
+    """What a unit shows its network. `masked`: (height, width), None where the unit has no mask."""
+
+    hint: hints.Pixels
+    masked: NDArray[np.bool_] | None
 
 
 class Controls:
@@ -49,6 +69,7 @@ class Controls:
         self._units = [self._look_at(unit, models, family) for unit in units]
         self._loaded: list[Any] = []
         self._made: dict[tuple[int, int, bool], list[Control]] = {}
+        self._looks: dict[tuple[int, int, int], _Look] = {}
 
     def _look_at(self, unit: ControlUnit, models: Models, family: str) -> _Unit:
         where = f"alwayson_scripts.controlnet.args[{unit.number}]"
@@ -83,41 +104,31 @@ class Controls:
     def load(self) -> None:
         self._loaded = [self._library.controlnet(one.file) for one in self._units]
 
-    def of(
-        self, width: int, height: int, source: Callable[[], Image.Image | None], *, hires: bool
-    ) -> list[Control]:
-        """The units for pictures of a size. `source`: the picture for units without one of their
-        own. `hires`: for the second pass. Raises JobFailure if there is no picture."""
+    def of(self, width: int, height: int, source: Source, *, hires: bool) -> list[Control]:
+        """The units for pictures of a size. `hires`: for the second pass. Raises JobFailure if
+        there is no picture."""
         key = width, height, hires
         if key not in self._made:
             self._made[key] = [
-                self._control(one, number, width, height, source, hires)
-                for number, one in enumerate(self._units)
+                self._control(number, width, height, source, hires)
+                for number in range(len(self._units))
             ]
         return self._made[key]
 
     def _control(
-        self,
-        one: _Unit,
-        number: int,
-        width: int,
-        height: int,
-        source: Callable[[], Image.Image | None],
-        hires: bool,
+        self, number: int, width: int, height: int, source: Source, hires: bool
     ) -> Control:
-        unit, model = one.unit, self._loaded[number]
-        picture = one.picture or source()
-        if picture is None:
-            raise JobFailure(
-                f"alwayson_scripts.controlnet.args[{unit.number}].image: got none,"
-                " allowed is a picture in base64"
-            )
+        unit, model = self._units[number].unit, self._loaded[number]
         outputs = len(model.controlnet_down_blocks) + 1
         # The extension holds back edges on the second pass, where they are finer.
         soft = unit.control_mode != BALANCED or (hires and "canny" in unit.module.lower())
+        look = self._look(number, width, height, source)
+        hint = torch.from_numpy(look.hint.copy()).permute(2, 0, 1)[None].float() / 255
+        if look.masked is not None:
+            hint = torch.where(torch.from_numpy(look.masked)[None, None], torch.tensor(-1.0), hint)
         return Control(
             model=model,
-            hint=self._hint(one, picture, width, height),
+            hint=hint.to(self._library.place.device),
             scales=scales(unit.weight, soft, outputs),
             start=unit.guidance_start,
             end=unit.guidance_end,
@@ -125,21 +136,27 @@ class Controls:
             and not model.config.global_pool_conditions,
         )
 
-    def _hint(self, one: _Unit, picture: Image.Image, width: int, height: int) -> Tensor:
-        """(1, 3, height, width), 0 to 1."""
-        unit = one.unit
-        module, mode = unit.module.lower(), int(unit.resize_mode)
-        resolution = unit.processor_res if unit.processor_res > 0 else hints.RESOLUTION
-        if unit.pixel_perfect:
-            resolution = hints.perfect_resolution(picture, width, height, mode)
-        made = hints.make(picture, module, resolution, unit.threshold_a, unit.threshold_b)
-        levels = torch.from_numpy(hints.fit_hint(made, width, height, mode).copy())
-        hint = levels.permute(2, 0, 1)[None].float() / 255
-        if module in hints.MASKED and one.mask is not None:
-            mask = np.asarray(one.mask.convert("RGB"))
-            masked = torch.from_numpy(hints.fit_hint(mask, width, height, mode)[..., 0] > 127)
-            hint = torch.where(masked[None, None], torch.tensor(-1.0), hint)
-        return hint.to(self._library.place.device)
+    def finish(self, picture: Image.Image, source: Source) -> Image.Image:
+        """A result as its units want it: `inpaint_only` puts back what is not masked, and the
+        recoloring ones how light their picture is."""
+        for number, one in enumerate(self._units):
+            module = one.unit.module.lower()
+            if module != hints.KEEPING and module not in hints.RECOLORING:
+                continue
+            look = self._look(number, *picture.size, source)
+            pixels = np.asarray(picture)
+            if module in hints.RECOLORING:
+                pixels = hints.recolor(pixels, look.hint, module)
+            elif source.mask is None and look.masked is not None:  # else img2img puts it back
+                pixels = hints.keep(pixels, look.hint, look.masked)
+            picture = Image.fromarray(pixels)
+        return picture
+
+    def _look(self, number: int, width: int, height: int, source: Source) -> _Look:
+        key = number, width, height
+        if key not in self._looks:
+            self._looks[key] = _look(self._units[number], width, height, source)
+        return self._looks[key]
 
     def infotext(self) -> dict[str, object]:
         """A field per unit, as the extension writes them."""
@@ -168,6 +185,36 @@ class Controls:
             "Pixel Perfect": unit.pixel_perfect,
             "Control Mode": CONTROL_MODES[int(unit.control_mode)],
         }
+
+
+def _look(one: _Unit, width: int, height: int, source: Source) -> _Look:
+    unit, where = one.unit, f"alwayson_scripts.controlnet.args[{one.unit.number}]"
+    module = unit.module.lower()
+    picture, mask, mode = one.picture, one.mask, int(unit.resize_mode)
+    if picture is None:
+        picture, mode = source.picture, source.resize_mode % 3
+    if picture is None:
+        raise JobFailure(f"{where}.image: got none, allowed is a picture in base64")
+    if mask is None and source.mask is not None and source.mask.size == picture.size:
+        mask = source.mask
+    if module == hints.KEEPING and mask is None:
+        raise JobFailure(f"{where}.mask: got none, {hints.KEEPING} needs one")
+    if source.box and source.mask:
+
+        def part(whole: Image.Image, like: Image.Image, box: Box) -> Image.Image:
+            return fit(fit(whole, *like.size, mode).crop(box), width, height, 2)
+
+        picture = part(picture, source.mask, source.box)
+        mask = mask and part(mask, source.mask, source.box)
+    resolution = unit.processor_res if unit.processor_res > 0 else hints.RESOLUTION
+    if unit.pixel_perfect:
+        resolution = hints.perfect_resolution(picture, width, height, mode)
+    made = hints.make(picture, module, resolution, unit.threshold_a, unit.threshold_b)
+    masked = None
+    if module in hints.MASKED and mask is not None:
+        levels = np.asarray(mask.convert("RGB"))
+        masked = hints.fit_hint(levels, width, height, mode)[..., 0] > 127
+    return _Look(hints.fit_hint(made, width, height, mode), masked)
 
 
 def scales(weight: float, soft: bool, outputs: int) -> list[float]:

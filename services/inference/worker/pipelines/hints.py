@@ -131,10 +131,17 @@ HINTS: dict[str, Hint] = {
     "recolor_intensity": Hint(_intensity, 1.0),
     "inpaint": Hint(_none, resizes=False),
     "inpaint_global_harmonious": Hint(_none, resizes=False),
+    "inpaint_only": Hint(_none, resizes=False),
 }
 """By the extension's names of modules."""
-MASKED = ("inpaint", "inpaint_global_harmonious")
+MASKED = ("inpaint", "inpaint_global_harmonious", "inpaint_only")
 """What these hints show is -1 where the picture is masked."""
+KEEPING = "inpaint_only"
+"""Of the result, it leaves only what is masked."""
+RECOLORING = ("recolor_luminance", "recolor_intensity")
+"""Of the result, they leave only the colors."""
+SEAM = 7
+"""Pixels over which what is kept and what is painted anew pass into each other."""
 
 
 def make(picture: Image.Image, module: str, resolution: int, a: float, b: float) -> Pixels:
@@ -154,6 +161,24 @@ def _at_resolution(pixels: Pixels, resolution: int) -> Pixels:
 
 def _interpolation(factor: float) -> int:
     return cv2.INTER_CUBIC if factor > 1 else cv2.INTER_AREA
+
+
+def keep(result: Pixels, hint: Pixels, masked: NDArray[np.bool_]) -> Pixels:
+    """The result where it is masked, else the hint."""
+    wide = cv2.dilate(masked.astype(np.float32), np.ones((SEAM, SEAM), np.uint8))
+    share = cv2.blur(wide, (SEAM, SEAM))[..., None]
+    return _pixels((share * result + (1 - share) * hint).round())
+
+
+def recolor(result: Pixels, hint: Pixels, module: str) -> Pixels:
+    """The colors of the result, as light as the hint."""
+    if module == "recolor_luminance":
+        there, back, light = cv2.COLOR_RGB2LAB, cv2.COLOR_LAB2RGB, 0
+    else:
+        there, back, light = cv2.COLOR_RGB2HSV, cv2.COLOR_HSV2RGB, 2
+    parts = cv2.cvtColor(result, there)
+    parts[..., light] = hint[..., 0]
+    return _pixels(cv2.cvtColor(parts, back))
 
 
 def perfect_resolution(picture: Image.Image, width: int, height: int, resize_mode: int) -> int:

@@ -30,7 +30,7 @@ from services.inference.worker.pipelines import (
     ResultImage,
     Work,
 )
-from services.inference.worker.pipelines.controlling import Controls
+from services.inference.worker.pipelines.controlling import Controls, Source
 from services.inference.worker.pipelines.denoising import (
     Asking,
     Control,
@@ -306,6 +306,7 @@ class _Painting:
         self.watch = Stopwatch()
         self.extra: dict[str, object] = {}
         """What the infotext says beside the usual fields."""
+        self._source = Source()
         self._steps_before = 0
 
     def work(self) -> Work:
@@ -750,6 +751,12 @@ class _Painting:
             )
             if number == 0:
                 inpainting = self._inpainting(picture.size)
+                self._source = Source(
+                    picture,
+                    params.resize_mode,
+                    inpainting.whole if inpainting else None,
+                    inpainting.paste if inpainting else None,
+                )
             if inpainting is None or inpainting.paste is None:
                 picture = self._fitted(picture, field)
             if inpainting is not None:
@@ -868,12 +875,6 @@ class _Painting:
         self.extra["Conditional mask weight"] = self.settings.inpainting_mask_weight
         return row.expand(count, -1, -1, -1)
 
-    def _source(self) -> Image.Image | None:
-        """The picture that a ControlNet unit without one of its own looks at."""
-        if not self.params.init_images:
-            return None
-        return read_picture(self.params.init_images[0], "init_images[0]").convert("RGB")
-
     # The VAE
 
     def _encode(self, picture: Image.Image) -> Tensor:
@@ -924,6 +925,7 @@ class _Painting:
 
         def finish() -> tuple[ResultImage, Image.Image | None]:
             picture = self._decode(latents)
+            picture = self.plan.controls.finish(picture, self._source)
             if start is not None and start.overlays:
                 picture = masks.lay_over(picture, start.overlays[number], start.paste)
             image = ResultImage(name, form.media_type, pack(picture, notes, form))

@@ -105,6 +105,8 @@ def parse_units(scripts: Any) -> tuple[list[ControlUnit], list[str]]:
             if not unit.enabled:
                 continue
             warnings += ignored(raw, _HARMLESS, known, where)
+            if unit.mask and "inpaint" not in unit.module.lower():
+                warnings.append(f"{where}mask: no effect here but with a module for inpainting")
             units.append(
                 msgspec.structs.replace(
                     unit,

@@ -14,10 +14,11 @@ Box = tuple[int, int, int, int]
 
 
 class Inpainting(msgspec.Struct, frozen=True, eq=False):
-    """`mask`: what is painted anew, of the size that is rendered. `overlay`: what of the picture is
-    kept, laid over the result; `paste`: where in the whole picture the result belongs, if only a
-    part of it was rendered."""
+    """`whole`: what is painted anew, of the picture's size; `mask`: of the size that is rendered.
+    `overlay_mask`: what of the picture is not laid over the result; `paste`: where in the whole
+    picture the result belongs, if only a part of it was rendered."""
 
+    whole: Image.Image
     mask: Image.Image
     overlay_mask: Image.Image
     paste: Box | None
@@ -51,10 +52,10 @@ def prepare(
         if box is None:
             return None
         box = _widened(_padded(box, padding, mask.size), size, mask.size)
-        return Inpainting(fit(mask.crop(box), *size, 2), mask, box)
+        return Inpainting(mask, fit(mask.crop(box), *size, 2), mask, box)
     fitted = fit(mask, *size, resize_mode)
     doubled = np.clip(np.asarray(fitted, np.float32) * 2, 0, 255).astype(np.uint8)
-    return Inpainting(fitted, Image.fromarray(doubled), None)
+    return Inpainting(mask, fitted, Image.fromarray(doubled), None)
 
 
 def _blurred(mask: Image.Image, x: int, y: int) -> Image.Image:
