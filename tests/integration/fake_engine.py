@@ -19,7 +19,8 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 class Params(msgspec.Struct, kw_only=True):
     """`crashes`, `slow`: how many attempts die, or take `seconds`; counted in the file `counter`.
-    Signal 0 is an exception. Jobs of one `group` run side by side."""
+    Signal 0 is an exception. `poisonous`: the mere look at it is death, beside others. Jobs
+    of one `group` run side by side."""
 
     images: int = 1
     steps: int = 0
@@ -31,6 +32,7 @@ class Params(msgspec.Struct, kw_only=True):
     counter: str = ""
     reason: str = ""
     preview: bool = False
+    poisonous: bool = False
     group: str = ""
 
 
@@ -66,7 +68,11 @@ class Engine:
         alone: bool,
         may_go: bool,
     ) -> None:
+        self._listener.planning(job.job_id)
         told = msgspec.json.decode(params, type=Params)
+        if told.poisonous and not alone:
+            os.kill(os.getpid(), told.signal)
+        self._listener.planned(job.job_id)
         self._waiting.append(_Job(job.job_id, told, files, alone, may_go))
 
     def go(self, job_id: str) -> None:

@@ -303,6 +303,22 @@ async def test_a_job_that_kills_the_engine_costs_its_neighbours_a_repetition_at_
     assert (done.status, done.attempt) == ("succeed", 1)
 
 
+async def test_a_job_that_can_not_even_be_looked_at_fails_and_costs_others_one_repetition(
+    bus: Bus, pool: Pool, tmp_path: Path
+) -> None:
+    await pool.start()
+    counter = tmp_path / "neighbour"
+    neighbour = await pool.begin({"seconds": 4, "steps": 40, "slow": 1, "counter": str(counter)})
+    await until(lambda: pool.steps_of(neighbour), seconds=10)
+    poison = {"poisonous": True, "crashes": 9, "counter": str(tmp_path / "poison")}
+    failed = await pool.run(poison, seconds=60)
+    assert (failed.status, failed.attempt) == ("failed", 3)
+    assert failed.reason == "the engine died 3 times on this job: signal 9 (SIGKILL)"
+    done = await bus.end_of(neighbour)
+    assert (done.status, done.attempt) == ("succeed", 2)
+    assert await bus.waiting(pool.endpoint.endpoint_id) == 0
+
+
 async def test_jobs_that_fit_run_side_by_side(bus: Bus, pool: Pool) -> None:
     await pool.start()
     first = await pool.begin({"seconds": 2, "steps": 20, "group": "a"})

@@ -30,6 +30,8 @@ from shared.contracts.inference import RunJob
 log = logs.get_logger(__name__)
 
 PR_SET_PDEATHSIG = 1
+MOST_RESULT_BYTES = frames.MOST_BYTES - 2**20
+"""The head of the frame has room beside it."""
 
 
 class Engine(Protocol):
@@ -119,6 +121,12 @@ class Speaker(Listener):
     def wake(self) -> None:
         self._wake()
 
+    def planning(self, job_id: str) -> None:
+        self.write(frames.Planning(job_id))
+
+    def planned(self, job_id: str) -> None:
+        self.write(frames.Planned(job_id))
+
     def begun(self, job_id: str) -> None:
         self.write(frames.Begun(job_id))
 
@@ -129,6 +137,10 @@ class Speaker(Listener):
         self.write(frames.Preview(job_id, media_type), [picture])
 
     def done(self, job_id: str, result: Result) -> None:
+        size = sum(len(image.data) for image in result.images) + len(result.param_json)
+        if size > MOST_RESULT_BYTES:
+            self.unfit(job_id, f"its pictures have {size} bytes, allowed are {MOST_RESULT_BYTES}")
+            return
         images = [frames.Image(image.name, image.media_type) for image in result.images]
         done = frames.Done(job_id, images, result.seconds, result.warnings)
         self.write(done, [result.param_json, *(image.data for image in result.images)])

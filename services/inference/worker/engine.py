@@ -25,6 +25,9 @@ log = get_logger(__name__)
 START_SECONDS = 300.0
 """The first import of some libraries compiles for minutes."""
 
+PLAN_SECONDS = 300.0
+"""A look at a job's params and files that takes longer hangs."""
+
 KILL_SECONDS = 10.0
 
 CANCEL_SECONDS = 5.0
@@ -67,7 +70,8 @@ class Following:
     """What a job's engine tells of it while it runs; the default does nothing with it."""
 
     async def on_begun(self) -> None:
-        """Its turn has come. It goes on when this returns."""
+        """Its turn has come, or the engine has died before of the mere look at it. It goes on when
+        this returns."""
 
     async def on_step(self, step: int, steps: int) -> None: ...
 
@@ -206,17 +210,28 @@ class EngineProcess:
         self, job_id: str, said: asyncio.Queue[Said], following: Following, seconds: float
     ) -> Result:
         deadline: float | None = None
+        planning = False
         while True:
             left = None if deadline is None else deadline - time.monotonic()
             try:
                 answer = await asyncio.wait_for(said.get(), left)
             except TimeoutError:
+                if planning:
+                    await self.kill()
+                    await following.on_begun()
+                    raise EngineDied(f"it was looked at for {PLAN_SECONDS:.0f} s") from None
                 if await self._withdraw(job_id, said):
                     raise JobFailure(f"it took longer than {seconds:g} s") from None
                 raise EngineDied(f"no result within {seconds:g} s") from None
             if isinstance(answer, EngineDied):
+                if planning:
+                    await following.on_begun()
                 raise EngineDied(str(answer))
             match answer:
+                case frames.Planning(), _:
+                    planning, deadline = True, time.monotonic() + PLAN_SECONDS
+                case frames.Planned(), _:
+                    planning, deadline = False, None
                 case frames.Begun(), _:
                     await following.on_begun()
                     await self._send(frames.Go(job_id))

@@ -53,6 +53,18 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     """The engine is loaded."""
 
 
+class Planning(msgspec.Struct, frozen=True, tag=True):
+    """Its params and files are looked at. An engine that dies before Planned has died of it."""
+
+    job_id: str
+
+
+class Planned(msgspec.Struct, frozen=True, tag=True):
+    """It waits for its turn, or is unfit."""
+
+    job_id: str
+
+
 class Begun(msgspec.Struct, frozen=True, tag=True):
     """It is its turn; it waits for Go."""
 
@@ -106,7 +118,7 @@ class Broken(msgspec.Struct, frozen=True, tag=True):
 
 
 Request = Run | Go | Cancel | Recall
-JobAnswer = Begun | Step | Preview | Done | Unfit | Gone
+JobAnswer = Planning | Planned | Begun | Step | Preview | Done | Unfit | Gone
 Answer = Ready | Broken | JobAnswer
 
 encode = msgspec.json.Encoder().encode

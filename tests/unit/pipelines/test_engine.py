@@ -26,6 +26,7 @@ from services.inference.worker.pipelines.denoising import Evaluator, Rows
 from services.inference.worker.pipelines.engine import Engine
 from services.inference.worker.pipelines.memory import Memory
 from services.inference.worker.pipelines.models.families import SD1
+from services.inference.worker.pipelines.painting import PaintingPlan
 from services.inference.worker.settings import EngineOptions
 from shared.contracts.inference import RunJob, UsedModel
 
@@ -255,6 +256,62 @@ def test_a_job_that_can_not_be_done_does_not_harm_those_beside_it(
     bench.finish("good", "bad", "also good")
     assert bench.record.reasons == {"bad": "it does not fit"}
     assert set(bench.record.results) == {"good", "also good"}
+
+
+def test_what_nobody_has_thought_of_ends_the_job_that_brought_it_and_no_other(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In its plan, in its own code, and in the batch that it shares."""
+    real = denoising.predict
+
+    def predict(rows: Rows, *more: Any) -> torch.Tensor:
+        if len(rows) >= 6:
+            raise RuntimeError("sizes of tensors must match")
+        return real(rows, *more)
+
+    monkeypatch.setattr(denoising, "predict", predict)
+    bench.submit("good", steps=6)
+    bench.engine.advance()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_module, "PaintingPlan", lambda *_: 1 // 0)
+        bench.submit("not planned")
+    with monkeypatch.context() as patch:
+        patch.setattr(PaintingPlan, "work", lambda *_: (1 // 0 for _ in "a"))
+        bench.submit("stumbles")
+        bench.engine.advance()
+    bench.submit("bad rows", batch_size=3)
+    bench.finish("good", "bad rows")
+    stumble = "its params or models made the engine stumble: "
+    assert bench.record.reasons == {
+        "not planned": f"{stumble}ZeroDivisionError",
+        "stumbles": f"{stumble}ZeroDivisionError",
+        "bad rows": f"{stumble}RuntimeError",
+    }
+    assert "good" in bench.record.results
+
+
+def test_a_broken_device_ends_the_engine(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def predict(*_: Any) -> torch.Tensor:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(denoising, "predict", predict)
+    bench.submit("job")
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        bench.finish("job")
+
+
+def test_nobody_is_looked_at_beside_a_job_that_is_to_run_alone(bench: Bench) -> None:
+    """Whose own plan is made once it has begun: if the look at it is death, that is an attempt."""
+    bench.submit("suspect", alone=True, may_go=False, steps=0)
+    bench.engine.advance()
+    bench.submit("wrong", steps=0)
+    bench.engine.advance()
+    assert bench.record.said == [("begun", "suspect")]
+    bench.engine.go("suspect")
+    bench.engine.advance()
+    bench.engine.advance()
+    assert [said[1] for said in bench.record.said] == ["suspect", "suspect", "wrong"]
+    assert set(bench.record.reasons) == {"suspect", "wrong"}
 
 
 def test_who_waits_longest_is_next_and_nobody_overtakes(bench: Bench) -> None:

@@ -93,6 +93,12 @@ class Plan(Protocol):
 class Listener:
     """What is told of the jobs of an engine, by their ids. The default says nothing."""
 
+    def planning(self, job_id: str) -> None:
+        """Its params and files are looked at from now on. Whoever dies before `planned` has died of
+        it."""
+
+    def planned(self, job_id: str) -> None: ...
+
     def begun(self, job_id: str) -> None:
         """It is about to be begun, and goes on once `go` is called for it."""
 

@@ -33,7 +33,11 @@ from services.inference.worker.pipelines.cutting import CuttingPlan
 from services.inference.worker.pipelines.denoising import Evaluator, Rows
 from services.inference.worker.pipelines.enlarging import EnlargingPlan
 from services.inference.worker.pipelines.library import Library
-from services.inference.worker.pipelines.memory import Memory, is_out_of_memory
+from services.inference.worker.pipelines.memory import (
+    Memory,
+    is_of_the_device,
+    is_out_of_memory,
+)
 from services.inference.worker.pipelines.models.components import Place
 from services.inference.worker.pipelines.painting import PaintingPlan, Studio
 from services.inference.worker.pipelines.pictures.files import Format
@@ -41,6 +45,9 @@ from services.inference.worker.pipelines.pictures.previews import MEDIA_TYPE, Mi
 from services.inference.worker.pipelines.plotting import PlottingPlan, asks_for_plot
 from services.inference.worker.settings import EngineOptions
 from shared.contracts.inference import RunJob
+from shared.logs import get_logger
+
+log = get_logger(__name__)
 
 ASIDE_THREADS = 4
 
@@ -57,11 +64,13 @@ class _Beside:
 
 
 class _Job:
-    """One job in hand. `asked`: what it waits for."""
+    """One job in hand. `look`: makes its plan, if that is still to be done. `asked`: what it waits
+    for."""
 
-    def __init__(self, job_id: str, plan: Plan, alone: bool) -> None:
+    def __init__(self, job_id: str, look: Callable[[], Plan], alone: bool) -> None:
         self.job_id = job_id
-        self.plan = plan
+        self.look: Callable[[], Plan] | None = look
+        self.plan: Plan | None = None
         self.alone = alone
         self.may_go = False
         self.work: Work | None = None
@@ -70,7 +79,9 @@ class _Job:
 
     @property
     def key(self) -> object:
-        return self if self.alone or self.plan.key is None else self.plan.key
+        if self.alone or self.plan is None or self.plan.key is None:
+            return self
+        return self.plan.key
 
 
 class Engine:
@@ -108,20 +119,17 @@ class Engine:
         alone: bool = False,
         may_go: bool = True,
     ) -> None:
-        """Puts a job at the end of the line, or says at once that it is unfit.
+        """Puts a job at the end of the line, or says at once that it is unfit. Beside a job that is
+        to run alone it is not even looked at, and that one itself when it is begun.
 
         `files`: where each of `job.models` lies, by its checkpoint id, else by its name. Never
         write into a file again that was handed in here (its pages are mapped); write a new one and
         rename it. `alone`: no other job runs beside it. `may_go`: it needs no `go` when it is
         begun."""
-        try:
-            plan = self._plan(job, params, files)
-        except JobFailure as failure:
-            self._listener.unfit(job.job_id, str(failure))
-            return
-        waiting = _Job(job.job_id, plan, alone)
+        waiting = _Job(job.job_id, lambda: self._plan(job, params, files), alone)
         waiting.may_go = may_go
         self._waiting.append(waiting)
+        self._look_at_waiting()
 
     def go(self, job_id: str) -> None:
         for job in self._running:
@@ -156,8 +164,7 @@ class Engine:
         asking = []
         for job in list(self._running):
             if job.may_go and job.work is None:
-                job.work = job.plan.work(_Report(job, self._listener, self._options))
-                self._resume(job, lambda work: next(work))
+                self._begin(job)
             elif isinstance(job.asked, _Beside) and job.asked.done:
                 self._resume_from(job, job.asked)
             if isinstance(job.asked, list):
@@ -194,8 +201,33 @@ class Engine:
             f"task_type {job.task_type!r} is not one of txt2img, img2img, extra-single-image, rembg"
         )
 
+    def _look_at_waiting(self) -> None:
+        if any(job.alone for job in self._running):
+            return  # it has died beside others before, and is to be spared that
+        for job in list(self._waiting):
+            if job.look is not None and not job.alone:
+                self._listener.planning(job.job_id)
+                self._look_at(job)
+                self._listener.planned(job.job_id)
+
+    def _look_at(self, job: _Job) -> None:
+        look, job.look = job.look, None
+        assert look is not None
+        try:
+            job.plan = look()
+        except Exception as error:
+            self._fail(job, self._recover(error))
+
+    def _begin(self, job: _Job) -> None:
+        if job.look is not None:
+            self._look_at(job)
+        if job.plan is not None:
+            job.work = job.plan.work(_Report(job, self._listener, self._options))
+            self._resume(job, lambda work: next(work))
+
     def _admit(self) -> None:
         """Lets those begin that fit to what runs; see the head of this file."""
+        self._look_at_waiting()
         while self._waiting and len(self._running) < self._options.jobs:
             if not self._running:
                 chosen = self._waiting[0]
@@ -223,13 +255,8 @@ class Engine:
         batches = [job.asked for job in jobs if isinstance(job.asked, list)]
         try:
             answers = self.evaluator.evaluate([rows for batch in batches for rows in batch])
-        except JobFailure:
-            self._evaluate_each(jobs)
-            return
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            self.library.forget()
+        except Exception as error:
+            self._recover(error)
             self._evaluate_each(jobs)
             return
         for job, batch in zip(jobs, batches, strict=True):
@@ -266,18 +293,8 @@ class Engine:
             self._end(job)
             self._listener.done(job.job_id, end.value)
             return
-        except JobFailure as failure:
-            self._fail(job, str(failure))
-            return
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            self.library.forget()
-            self._fail(
-                job,
-                f"not enough memory on {self.library.place.device}; try a smaller"
-                " batch_size or size",
-            )
+        except Exception as error:
+            self._fail(job, self._recover(error))
             return
         if isinstance(asked, Aside):
             assert self._aside is not None
@@ -288,6 +305,23 @@ class Engine:
                 future.add_done_callback(lambda _: self._listener.wake())
         else:
             job.asked = asked
+
+    def _recover(self, error: Exception) -> str:
+        """Why a job that raised this has failed. Bodies and model files are made by strangers: what
+        nobody has thought of ends the job that brought it, and no other. Raises it again if the
+        device is broken, which only another process mends."""
+        if isinstance(error, JobFailure):
+            return str(error)
+        if is_out_of_memory(error):
+            self.library.forget()
+            return (
+                f"not enough memory on {self.library.place.device}; try a smaller"
+                " batch_size or size"
+            )
+        if is_of_the_device(error):
+            raise error
+        log.error("job_stumbled", exc_info=error)
+        return f"its params or models made the engine stumble: {type(error).__name__}"
 
     def _fail(self, job: _Job, reason: str) -> None:
         self._end(job)

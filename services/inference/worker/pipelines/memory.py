@@ -21,6 +21,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def is_of_the_device(error: BaseException) -> bool:
+    """Whether the device itself is at fault: it does no more work for this process then."""
+    return isinstance(error, torch.AcceleratorError) or any(
+        name in str(error) for name in ("CUDA", "cuDNN", "CUBLAS")
+    )
+
+
 class Memory:
     def __init__(self, device: torch.device) -> None:
         self._device = device
