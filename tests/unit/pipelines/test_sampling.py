@@ -74,13 +74,13 @@ def drive(
     seeds: Sequence[int] = (),
     denoise: Denoiser = best_guess,
     schedule: NoiseSchedule = SCHEDULE,
-    of_steps: int = 0,
+    whole: Sigmas | None = None,
     **options: Any,
 ) -> tuple[Tensor, list[float]]:
     """The last latents, and the levels that the model was asked at."""
     _, *shape = x.shape
     noise = Noise((shape[0], shape[1], shape[2]), seeds or range(len(x)), CPU)
-    run = Run(x, sigmas, of_steps or len(sigmas) - 1, noise, schedule, Options(**options))
+    run = Run(x, sigmas, whole or sigmas, noise, schedule, Options(**options))
     sampling, asked = sampler(run), list[float]()
     query = next(sampling)
     while True:
@@ -643,10 +643,11 @@ def test_img2img_runs_the_steps_of_the_webui(
 )
 def test_every_sampler_can_run_the_last_steps_alone(name: str, steps: int, taken: int) -> None:
     sampler = SAMPLERS[name]
-    sigmas = sampler.sigmas(SCHEDULE, steps)[-taken - 1 :]
+    whole = sampler.sigmas(SCHEDULE, steps)
+    sigmas = whole[-taken - 1 :]
     clean = noisy(0, size=16).float()
     x = clean + torch.randn(clean.shape, generator=Generator().manual_seed(5)) * sigmas[0]
-    result, _ = drive(sampler.function, x, sigmas, of_steps=steps)
+    result, _ = drive(sampler.function, x, sigmas, whole=whole)
     assert torch.isfinite(result).all()
     if steps > 2:  # some make much of their last step, from a level far above the lowest one
         assert 0.6 < float(result.std()) < 2

@@ -480,7 +480,7 @@ class _Painting:
             guidance = self._guidance(run, beside=beside)
             sigmas = self._sigmas(run, run.steps)
             x = noise.first() * self._first_scale(run.sampler, sigmas[0])
-            return self._sample(run, guidance, x, sigmas, run.steps, noise)
+            return self._sample(run, guidance, x, sigmas, sigmas, noise)
         mask = start.mask
         if mask is not None:
             mask = Mask(mask.init[list(numbers)], mask.keep[list(numbers)])
@@ -530,11 +530,12 @@ class _Painting:
         """img2img: noise is put on the latents, and the last steps of a run take it off again.
         `all_steps`: as many as were asked for, of a run that has accordingly more."""
         steps, taken = img2img_steps(run.steps, self.params.denoising_strength, all_steps)
-        sigmas = self._sigmas(run, steps)[-taken - 1 :]
+        whole = self._sigmas(run, steps)
+        sigmas = whole[-taken - 1 :]
         drawn = noise.first() * multiplier
         x = latents + drawn * sigmas[0] + drawn * self.settings.img2img_extra_noise
         guidance.calls = taken * run.sampler.calls
-        result = yield from self._sample(run, guidance, x, sigmas, steps, noise)
+        result = yield from self._sample(run, guidance, x, sigmas, whole, noise)
         return mask.apply(result) if mask else result
 
     def _sample(
@@ -543,7 +544,7 @@ class _Painting:
         guidance: Guidance,
         x: Tensor,
         sigmas: Sigmas,
-        of_steps: int,
+        whole: Sigmas,
         noise: Noise,
     ) -> Asking:
         params, sampler = self.params, run.sampler
@@ -560,7 +561,7 @@ class _Painting:
             order=self.settings.uni_pc_order,
         )
         sampling = sampler.function(
-            Run(x, sigmas, of_steps, noise, run.net.checkpoint.schedule, options)
+            Run(x, sigmas, whole, noise, run.net.checkpoint.schedule, options)
         )
         steps = len(sigmas) - 1
 

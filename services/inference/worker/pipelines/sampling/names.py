@@ -99,7 +99,13 @@ _K_SAMPLERS = (
         aliases=("k_dpmpp_2m_sde_heun",),
         uses_eta=True,
     ),
-    Sampler("DPM++ 3M SDE", samplers.dpmpp_3m_sde, aliases=("k_dpmpp_3m_sde",), uses_eta=True),
+    Sampler(
+        "DPM++ 3M SDE",
+        samplers.dpmpp_3m_sde,
+        Spread(drop_last_but_one=True),
+        ("k_dpmpp_3m_sde",),
+        uses_eta=True,
+    ),
     Sampler("DPM fast", samplers.dpm_fast, aliases=("k_dpm_fast",), uses_eta=True),
     Sampler(
         "DPM adaptive",

@@ -87,6 +87,8 @@ class Brownian:
     run with more steps follows the same path (Brownian trees by torchsde, as in k-diffusion)."""
 
     def __init__(self, noise: Noise, sigmas: Sequence[float]) -> None:
+        """`sigmas`: of the whole run, also where only its last steps are taken: its ends choose the
+        path."""
         positive = [sigma for sigma in sigmas if sigma > 0]
         low, high = (torch.tensor(end(positive), dtype=torch.float32) for end in (min, max))
         self._device = noise.device

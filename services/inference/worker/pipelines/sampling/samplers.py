@@ -39,11 +39,11 @@ class Options(msgspec.Struct, frozen=True):
 
 class Run(msgspec.Struct, frozen=True):
     """What a sampler is given: latents at level `sigmas[0]`, and where to go from there.
-    `of_steps`: how many steps a whole run has, of which img2img runs only the last."""
+    `whole`: the levels of a whole run, of which img2img steps through the last ones alone."""
 
     x: Tensor
     sigmas: Sigmas
-    of_steps: int
+    whole: Sigmas
     noise: Noise
     schedule: NoiseSchedule
     options: Options = Options()
@@ -51,6 +51,10 @@ class Run(msgspec.Struct, frozen=True):
     @property
     def steps(self) -> list[tuple[float, float]]:
         return list(zip(self.sigmas[:-1], self.sigmas[1:], strict=True))
+
+    @property
+    def of_steps(self) -> int:
+        return len(self.whole) - 1
 
     @property
     def eta(self) -> float:
@@ -222,7 +226,7 @@ def dpmpp_2m(run: Run) -> Sampling:
 
 def dpmpp_sde(run: Run) -> Sampling:
     """DPM-Solver++ (stochastic), two evaluations per step."""
-    x, brownian, s_noise = run.x, run.noise.brownian(run.sigmas), run.options.s_noise
+    x, brownian, s_noise = run.x, run.noise.brownian(run.whole), run.options.s_noise
     for sigma, next_sigma in run.steps:
         denoised = yield x, sigma
         if next_sigma == 0:
@@ -243,7 +247,7 @@ def dpmpp_sde(run: Run) -> Sampling:
 def dpmpp_2m_sde(run: Run, *, heun: bool = False) -> Sampling:
     """DPM-Solver++(2M) (stochastic)."""
     x, before, last_step, eta = run.x, None, 0.0, run.eta
-    brownian = run.noise.brownian(run.sigmas)
+    brownian = run.noise.brownian(run.whole)
     for sigma, next_sigma in run.steps:
         denoised = yield x, sigma
         if next_sigma == 0:
@@ -271,7 +275,7 @@ def dpmpp_3m_sde(run: Run) -> Sampling:
     x, eta = run.x, run.eta
     history: list[Tensor] = []
     steps: list[float] = []
-    brownian = run.noise.brownian(run.sigmas)
+    brownian = run.noise.brownian(run.whole)
     for sigma, next_sigma in run.steps:
         denoised = yield x, sigma
         if next_sigma == 0:
