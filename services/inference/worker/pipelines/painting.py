@@ -49,6 +49,7 @@ from services.inference.worker.pipelines.models.files import ModelFile
 from services.inference.worker.pipelines.models.networks import Worn
 from services.inference.worker.pipelines.params.painting import (
     LARGEST_SIDE,
+    OverrideSettings,
     PaintingParams,
     parse_painting,
 )
@@ -914,9 +915,7 @@ class _Painting:
 
     @property
     def _format(self) -> Format:
-        settings, usual = self.settings, self.plan.studio.format
-        name = settings.samples_format.replace("jpeg", "jpg") or usual.name
-        return Format(name, settings.jpeg_quality, settings.webp_lossless)
+        return format_of(self.settings, self.plan.studio.format)
 
     def _finisher(
         self, latents: Tensor, start: _Start | None, number: int, text: str, name: str
@@ -941,8 +940,8 @@ class _Painting:
         texts: list[str],
     ) -> tuple[list[ResultImage], list[str]]:
         """The grid comes first, as in the webui."""
-        form = self._format
         whole = grid([p for p in pictures if p is not None])
+        form = self._format.for_size(whole.size)
         text = self._infotext(self.params.seed, self.params.subseed)
         name = f"grid.{form.name}"
         first = ResultImage(name, form.media_type, pack(whole, self._notes(text), form))
@@ -1105,6 +1104,11 @@ class _Painting:
             "clip_skip": self.settings.CLIP_stop_at_last_layers,
             "is_using_inpainting_conditioning": plan.kind.inpainting,
         }
+
+
+def format_of(settings: OverrideSettings, usual: Format) -> Format:
+    name = settings.samples_format.replace("jpeg", "jpg") or usual.name
+    return Format(name, settings.jpeg_quality, settings.webp_lossless)
 
 
 def all_seeds(params: PaintingParams, batch_size: int) -> tuple[list[int], list[int]]:

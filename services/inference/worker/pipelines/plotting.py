@@ -26,7 +26,7 @@ from services.inference.worker.pipelines import (
     Work,
 )
 from services.inference.worker.pipelines.library import receipt
-from services.inference.worker.pipelines.painting import PaintingPlan, Studio
+from services.inference.worker.pipelines.painting import PaintingPlan, Studio, format_of
 from services.inference.worker.pipelines.params.painting import (
     MOST_PICTURES,
     PLOT,
@@ -34,9 +34,9 @@ from services.inference.worker.pipelines.params.painting import (
     parse_painting,
 )
 from services.inference.worker.pipelines.params.reading import printable, short
-from services.inference.worker.pipelines.pictures.files import Format, pack
+from services.inference.worker.pipelines.pictures.files import pack
 from services.inference.worker.pipelines.pictures.grids import grid, labelled
-from services.inference.worker.pipelines.pictures.infotext import param_json
+from services.inference.worker.pipelines.pictures.infotext import fields_text, param_json
 from services.inference.worker.pipelines.stopwatch import Stopwatch
 from shared.contracts.inference import RunJob
 
@@ -154,11 +154,13 @@ AXES = (
 
 
 class _Drawn(msgspec.Struct, frozen=True):
-    """One axis of one plot. `text`: its values as they came."""
+    """One axis of one plot. `text`: its values as they came. `fixed`: of seeds, whether random ones
+    were drawn for all cells that share them."""
 
     axis: Axis
     values: list[Any]
     text: str
+    fixed: bool = False
 
     def label(self, number: int) -> str:
         value = self.values[number]
@@ -175,6 +177,7 @@ class _Args(msgspec.Struct, frozen=True):
     draw_legend: bool
     include_lone_images: bool
     include_sub_grids: bool
+    fixed_seeds: bool
     margin: int
 
 
@@ -195,8 +198,8 @@ class PlottingPlan:
     def __init__(self, job: RunJob, body: bytes, files: Mapping[str, Path], studio: Studio) -> None:
         """Raises JobFailure, also for what is wrong with any of the combinations."""
         params, raw, self.warnings = parse_painting(body, job.task_type)
-        self.studio, self.raw = studio, raw
-        self.args = _parse_args(params, job.task_type)
+        self.studio, self.raw, self.settings = studio, raw, params.override_settings
+        self.args = _parse_args(params, job.task_type, self.warnings)
         self.base = self._base(params, raw)
         x, y, z = self.args.axes
         cells = list(itertools.product(z.values, y.values, x.values))
@@ -215,13 +218,14 @@ class PlottingPlan:
             )
 
     def _base(self, params: PaintingParams, raw: Body) -> Body:
-        """The body of every cell: no script of its own, seeds that are the same for all, and one
-        picture that can be read back as it was."""
+        """The body of every cell: no script of its own, seeds that are the same for all unless
+        random ones are to stay so, and one picture that can be read back as it was."""
         settings = {**raw.get("override_settings", {}), "samples_format": "png"}
         base = {**raw, "override_settings": settings, "script_name": "", "script_args": []}
         for field in ("seed", "subseed"):
             seed = getattr(params, field)
-            base[field] = secrets.randbelow(2**32 - 1) if seed == -1 else seed
+            drawn = seed == -1 and self.args.fixed_seeds
+            base[field] = secrets.randbelow(2**32 - 1) if drawn else seed
         if not params.override_settings.return_grid:
             base |= {"batch_size": 1}
         return base
@@ -245,6 +249,7 @@ class PlottingPlan:
         info = _info_of(results[0]) | {
             "infotexts": texts,
             "index_of_first_image": 1,
+            "all_prompts": [_info_of(result)["prompt"] for result in results],
             "all_seeds": [_info_of(result)["seed"] for result in results],
         }
         models = self.cells[0].models
@@ -276,30 +281,31 @@ class PlottingPlan:
         whole = grid(parts, 1)
         if self.args.draw_legend:
             whole = labelled(whole, [z.label(n) for n in range(len(z.values))], [""])
-        told = texts[0] + self._told()
-        named = [("grid", whole, told)]
+        named = [("grid", whole, texts[0] + self._told("XYZ"))]
         if self.args.include_sub_grids:
-            named += [(f"grid_{n}", part, texts[n * size]) for n, part in enumerate(parts)]
+            told = self._told("XY")
+            named += [(f"grid_{n}", part, texts[n * size] + told) for n, part in enumerate(parts)]
         if self.args.include_lone_images:
             lone = zip(pictures, texts, strict=True)
             named += [(f"image_{n}", picture, text) for n, (picture, text) in enumerate(lone)]
-        form = self.studio.format
-        return [_packed(name, picture, text, form) for name, picture, text in named], [
-            text for _, _, text in named
-        ]
+        return [self._packed(*one) for one in named], [text for _, _, text in named]
 
-    def _told(self) -> str:
-        """What the infotext of the grid says of its axes."""
-        fields = [", Script: X/Y/Z plot"]
-        for letter, drawn in zip("XYZ", self.args.axes, strict=True):
+    def _packed(self, name: str, picture: Image.Image, text: str) -> ResultImage:
+        form = format_of(self.settings, self.studio.format).for_size(picture.size)
+        notes = {"parameters": text} if self.settings.enable_pnginfo else {}
+        return ResultImage(f"{name}.{form.name}", form.media_type, pack(picture, notes, form))
+
+    def _told(self, letters: str) -> str:
+        """What the infotext of a grid says of its axes."""
+        fields: dict[str, object] = {"Script": "X/Y/Z plot"}
+        for letter, drawn in zip(letters, self.args.axes, strict=False):
             if drawn.axis.label == "Nothing":
                 continue
-            fields.append(f"{letter} Type: {drawn.axis.label}")
-            fields.append(f"{letter} Values: {json.dumps(drawn.text, ensure_ascii=False)}")
-            if drawn.axis.label in SEEDS:
-                fixed = ", ".join(map(str, drawn.values))
-                fields.append(f"Fixed {letter} Values: {json.dumps(fixed)}")
-        return ", ".join(fields)
+            fields[f"{letter} Type"] = drawn.axis.label
+            fields[f"{letter} Values"] = drawn.text
+            if drawn.fixed:
+                fields[f"Fixed {letter} Values"] = ", ".join(map(str, drawn.values))
+        return ", " + fields_text(fields)
 
 
 class _Share:
@@ -320,12 +326,7 @@ def _info_of(result: Result) -> dict[str, Any]:
     return info
 
 
-def _packed(name: str, picture: Image.Image, text: str, form: Format) -> ResultImage:
-    packed = pack(picture, {"parameters": text}, form)
-    return ResultImage(f"{name}.{form.name}", form.media_type, packed)
-
-
-def _parse_args(params: PaintingParams, task_type: str) -> _Args:
+def _parse_args(params: PaintingParams, task_type: str, warnings: list[str]) -> _Args:
     """`script_args` as the webui 1.7 takes them, or with the three fields that 1.8 put in. Raises
     JobFailure."""
     given = [*params.script_args]
@@ -337,6 +338,8 @@ def _parse_args(params: PaintingParams, task_type: str) -> _Args:
         )
     legend, lone, sub_grids, unfixed, *rest = given[9:]
     if len(rest) > 4:
+        if any(rest[:3]):
+            warnings.append("script_args: vary_seeds of X, Y and Z: no effect here")
         rest = rest[3:]
     margin, csv_mode = rest[0] if rest else 0, rest[1] if len(rest) > 1 else False
     return _Args(
@@ -348,6 +351,7 @@ def _parse_args(params: PaintingParams, task_type: str) -> _Args:
         draw_legend=bool(legend),
         include_lone_images=bool(lone),
         include_sub_grids=bool(sub_grids),
+        fixed_seeds=not unfixed,
         margin=int(margin) if isinstance(margin, int | float) and 0 <= margin <= 500 else 0,
     )
 
@@ -370,15 +374,36 @@ def _axis(
     if axis.label == "Nothing":
         return _Drawn(axis, [None], "")
     texts = chosen if axis.chosen and not csv_mode and chosen else typed
+    text = texts
     if isinstance(texts, str):
-        texts = [text.strip() for text in itertools.chain(*csv.reader(io.StringIO(texts)))]
+        texts = _typed(texts, letter)
     if not isinstance(texts, list) or not texts:
         raise JobFailure(f"script_args: {letter} values: got none, allowed is a list of them")
-    texts = [str(text) for text in texts]
+    texts = [str(one) for one in texts]
+    if not isinstance(text, str):
+        text = _csv(texts)
     values = _values(axis, texts, letter)
-    if axis.label in SEEDS and not unfixed:
+    fixed = axis.label in SEEDS and not unfixed
+    if fixed:
         values = [secrets.randbelow(2**32 - 1) if value == -1 else value for value in values]
-    return _Drawn(axis, values, ", ".join(texts))
+    return _Drawn(axis, values, text, fixed)
+
+
+def _typed(text: str, letter: str) -> list[str]:
+    try:
+        return [one.strip() for one in itertools.chain(*csv.reader(io.StringIO(text)))]
+    except csv.Error as error:
+        raise JobFailure(
+            f"script_args: {letter} values: got {short(text)}, allowed are values with commas"
+            f" between them, those with a comma in quotes ({error})"
+        ) from None
+
+
+def _csv(texts: Sequence[str]) -> str:
+    """What may be typed in place of a list, as the webui writes it down."""
+    written = io.StringIO()
+    csv.writer(written).writerow(texts)
+    return written.getvalue().strip()
 
 
 _NUMBER = r"([+-]?\s*\d+(?:\.\d*)?)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import warnings
 from collections.abc import Mapping
 
@@ -14,6 +15,7 @@ from PIL import ExifTags, Image, ImageColor, ImageOps, PngImagePlugin
 from services.inference.worker.pipelines import JobFailure
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
+MOST_SIDE = {"jpg": 65_500, "webp": 16_383}
 MAX_PIXELS = 36_000_000
 """Of one input picture: 6000 x 6000. Told from its header, before anything is unpacked."""
 
@@ -92,6 +94,10 @@ class Format(msgspec.Struct, frozen=True):
     @property
     def media_type(self) -> str:
         return {"png": "image/png", "jpg": "image/jpeg", "webp": "image/webp"}[self.name]
+
+    def for_size(self, size: tuple[int, int]) -> Format:
+        """PNG in place of a format that has no picture of this size."""
+        return Format() if max(size) > MOST_SIDE.get(self.name, math.inf) else self
 
 
 def pack(picture: Image.Image, notes: Mapping[str, str], form: Format) -> bytes:

@@ -1,0 +1,165 @@
+"""X/Y/Z plots: axes, grids and what is written down with them, as the webui's clients know them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from services.inference.worker.pipelines import JobFailure
+from services.inference.worker.pipelines.pictures.files import Format
+from services.inference.worker.pipelines.plotting import AXES
+from tests.unit.pipelines.easel import Done, Easel, read_back
+
+SEED, STEPS, REPLACE, SAMPLER = 1, 4, 7, 9
+"""Numbers of axes of txt2img."""
+Axis = tuple[int | str, str, list[str]]
+NOTHING: Axis = (0, "", [])
+
+
+def plot(
+    easel: Easel,
+    x: Axis = NOTHING,
+    y: Axis = NOTHING,
+    z: Axis = NOTHING,
+    *,
+    lone: bool = True,
+    sub_grids: bool = False,
+    keep_random: bool = False,
+    rest: tuple[Any, ...] = (0, False),
+    **body: Any,
+) -> Done:
+    args = [*x, *y, *z, True, lone, sub_grids, keep_random, *rest]
+    return easel.paint(script_name="X/Y/Z plot", script_args=args, **{"steps": 1, **body})
+
+
+def test_axes_have_the_numbers_of_the_webui() -> None:
+    names = {
+        task: [a.label for a in AXES if a.only in ("", task)] for task in ("txt2img", "img2img")
+    }
+    of_both = ["Nothing", "Seed", "Var. seed", "Var. strength", "Steps"]
+    assert names["txt2img"][:5] == names["img2img"][:5] == of_both
+    assert names["txt2img"][5:12] == [
+        "Hires steps",
+        "CFG Scale",
+        "Prompt S/R",
+        "Prompt order",
+        "Sampler",
+        "Hires sampler",
+        "Checkpoint name",
+    ]
+    assert names["img2img"][5:10] == [
+        "CFG Scale",
+        "Image CFG Scale",
+        "Prompt S/R",
+        "Prompt order",
+        "Sampler",
+    ]
+    assert (names["txt2img"].index("VAE"), names["img2img"].index("VAE")) == (27, 26)
+
+
+def test_cells_run_along_x_then_y_then_z(easel: Easel) -> None:
+    done = plot(
+        easel,
+        (SEED, "1, 2", []),
+        (REPLACE, "red, blue", []),
+        ("Steps", "1-3 (+2)", []),
+        sub_grids=True,
+    )
+    assert [image.name for image in done.result.images] == [
+        "grid.png",
+        *(f"grid_{number}.png" for number in range(2)),
+        *(f"image_{number}.png" for number in range(8)),
+    ]
+    told = [
+        (text.split()[1], fields["Seed"], fields["Steps"]) for text, fields in read(done.texts[3:])
+    ]
+    assert told == [
+        (color, str(seed), str(steps))
+        for steps in (1, 3)
+        for color in ("red", "blue")
+        for seed in (1, 2)
+    ]
+    assert done.info["index_of_first_image"] == 1
+    assert done.info["infotexts"] == done.texts
+    assert done.info["all_seeds"] == [1, 2] * 4
+    assert done.info["all_prompts"][1:3] == ["a red circle", "a blue circle"]
+    grids = [fields for _, fields in read(done.texts[:3])]
+    assert all(fields["Script"] == "X/Y/Z plot" for fields in grids)
+    assert all((fields["X Type"], fields["Y Values"]) == ("Seed", "red, blue") for fields in grids)
+    assert grids[0]["Z Values"] == "1-3 (+2)"
+    assert "Z Type" not in grids[1]  # a sub grid has one value of it
+    assert [fields["Steps"] for fields in grids] == ["1", "1", "3"]
+
+
+def read(texts: list[str]) -> list[tuple[str, dict[str, str]]]:
+    return [(text, read_back(text)) for text in texts]
+
+
+def test_values_can_be_pasted_back(easel: Easel) -> None:
+    typed = '"red, round", blue'
+    fields = plot(easel, (REPLACE, typed, []), lone=False, prompt="a red, round thing").fields
+    assert fields["X Values"] == typed
+    names = ["Euler a", "DPM++ 2M"]
+    fields = plot(easel, (SAMPLER, "", names), lone=False).fields
+    assert fields["X Values"] == "Euler a,DPM++ 2M"
+    assert "Fixed X Values" not in fields
+
+
+def test_cells_share_a_random_seed_unless_it_is_to_stay_random(easel: Easel) -> None:
+    shared = plot(easel, (STEPS, "1, 2", []), seed=-1)
+    assert len(set(shared.info["all_seeds"])) == 1
+    each = plot(easel, (STEPS, "1, 2", []), seed=-1, keep_random=True)
+    assert len(set(each.info["all_seeds"])) == 2
+
+
+def test_random_seeds_of_an_axis_are_drawn_once_unless_they_are_to_stay_random(
+    easel: Easel,
+) -> None:
+    done = plot(easel, (SEED, "-1, 5", []), (STEPS, "1, 2", []))
+    seeds = done.info["all_seeds"]
+    assert seeds[:2] == seeds[2:]
+    assert done.fields["Fixed X Values"] == f"{seeds[0]}, 5"
+    done = plot(easel, (SEED, "-1, 5", []), (STEPS, "1, 2", []), keep_random=True)
+    seeds = done.info["all_seeds"]
+    assert seeds[0] != seeds[2]
+    assert "Fixed X Values" not in done.fields
+
+
+def test_a_plot_has_the_format_that_the_job_asks_for(easel: Easel) -> None:
+    settings = {"samples_format": "jpg", "enable_pnginfo": False}
+    done = plot(easel, (STEPS, "1, 2", []), override_settings=settings)
+    assert [image.media_type for image in done.result.images] == ["image/jpeg"] * 3
+    assert done.answer["images"] == ["grid.jpg", "image_0.jpg", "image_1.jpg"]
+    assert not any(picture.getexif() for picture in done.pictures)
+
+
+@pytest.mark.parametrize(("name", "most"), [("jpg", 65_500), ("webp", 16_383)])
+def test_a_grid_that_is_too_long_for_its_format_is_a_png(name: str, most: int) -> None:
+    assert Format(name).for_size((most, 8)) == Format(name)
+    assert Format(name).for_size((8, most + 1)).name == "png"
+    assert Format().for_size((100_000, 8)) == Format()
+
+
+def test_seeds_that_are_to_vary_are_told_to_have_no_effect(easel: Easel) -> None:
+    """Of webui 1.8, whose three fields come before the margin."""
+    done = plot(easel, (STEPS, "1, 2", []), rest=(True, False, False, 0, False))
+    assert done.warnings == ["script_args: vary_seeds of X, Y and Z: no effect here"]
+    assert plot(easel, (STEPS, "1", []), rest=(False, False, False, 0, False)).warnings == []
+
+
+@pytest.mark.parametrize(
+    ("x", "reason"),
+    [
+        ((99, "1", []), "script_args: x type: got 99, allowed is one of 0 Nothing, 1 Seed,"),
+        ((STEPS, "", []), "script_args: x values: got none"),
+        ((STEPS, "many", []), 'script_args: x values: got "many", allowed is a number or a range'),
+        ((REPLACE, "green, blue", []), "script_args: Prompt S/R: the first value is in neither"),
+        ((REPLACE, "red\rblue", []), 'script_args: x values: got "red\\rblue", allowed are values'),
+        ((SAMPLER, "", ["Oiler"]), 'sampler_name: got "Oiler", allowed is one of '),
+    ],
+)
+def test_what_can_not_be_plotted_is_told(easel: Easel, x: Axis, reason: str) -> None:
+    with pytest.raises(JobFailure) as failure:
+        plot(easel, x)
+    assert str(failure.value).startswith(reason)
