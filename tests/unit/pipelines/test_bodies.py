@@ -82,6 +82,7 @@ def reason_of(body: bytes, task_type: str = "txt2img") -> str:
         ('{"override_settings": []}', "override_settings: got [], allowed is an object"),
         ('{"sampler_name": "\\ud800"}', 'sampler_name: got "?", allowed is one of Euler a'),
         ('{"sampler_name": "Eular"}', 'sampler_name: got "Eular", allowed is one of Euler a, Eul'),
+        ('{"sampler_index": "Eular"}', 'sampler_index: got "Eular", allowed is one of Euler a, Eu'),
         ('{"sampler_name": ["Euler"]}', 'sampler_name: got ["Euler"], allowed is a text'),
         (
             '{"enable_hr": true, "hr_sampler_name": "Eular"}',
@@ -132,6 +133,10 @@ BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "inpainting_fill": (0, 3),
     "inpaint_full_res_padding": (0, 1024),
     "initial_noise_multiplier": (0, 1.5),
+    "override_settings.s_churn": (0, 1000),
+    "override_settings.s_noise": (0, 10),
+    "override_settings.s_tmax": (0, None),
+    "override_settings.s_tmin": (0, 1000),
     "override_settings.CLIP_stop_at_last_layers": (1, 12),
     "override_settings.comma_padding_backtrack": (0, 74),
     "override_settings.eta_ancestral": (0, 1),
@@ -185,7 +190,7 @@ def test_a_number_may_be_its_bounds_and_nothing_beyond(field: str) -> None:
         told = reason_of(wrong.encode(), "img2img")
         assert told.startswith(f"{field}: got {edge + beyond}, allowed is ")
         assert str(edge) in told
-    for nothing in ("NaN", "-Infinity") + (() if field == "s_tmax" else ("Infinity",)):
+    for nothing in ("NaN", "-Infinity") + (() if field.endswith("s_tmax") else ("Infinity",)):
         raw = json.dumps(body_of(field, "@")).replace('"@"', nothing)
         assert reason_of(raw.encode(), "img2img").startswith(f"{field}: got {nothing}, allowed is ")
 
@@ -337,6 +342,18 @@ def test_what_asks_for_nothing_is_passed_over() -> None:
         ),
         ({"sampler_name": "Euler a", "s_churn": 1}, "s_churn: no effect on Euler a"),
         ({"sampler_name": "Euler", "eta": 0.5}, "eta: no effect on Euler"),
+        ({"sampler_name": "DPM++ 2M", "s_tmin": 1}, "s_tmin: no effect on DPM++ 2M"),
+        ({"sampler_name": "DPM++ 2M", "s_tmax": 1}, "s_tmax: no effect on DPM++ 2M"),
+        ({"sampler_name": "Euler a", "s_noise": 1.1}, "s_noise: no effect on Euler a"),
+        ({"sampler_name": "Restart", "s_noise": 0}, "s_noise: no effect on Restart"),
+        (
+            {"sampler_name": "Euler a", "override_settings": {"s_churn": 1}},
+            "s_churn: no effect on Euler a",
+        ),
+        (
+            {"enable_hr": True, "sampler_name": "LMS", "hr_sampler_name": "Euler", "eta": 1},
+            "eta: no effect on LMS and Euler",
+        ),
         ({"height": 100}, "height 100: rounded to 96, a multiple of 8"),
         ({"init_images": [PICTURE], "batch_size": 1}, "init_images: no effect here"),
         ({"mask": PICTURE}, "mask: no effect here"),
@@ -345,6 +362,29 @@ def test_what_asks_for_nothing_is_passed_over() -> None:
 )
 def test_a_field_without_effect_is_told(body: dict[str, Any], warning: str) -> None:
     assert read(**body)[1] == [warning]
+
+
+def test_a_field_with_effect_on_one_pass_has_an_effect() -> None:
+    passes: dict[str, Any] = {
+        "enable_hr": True,
+        "sampler_name": "DPM++ 2M",
+        "hr_sampler_name": "Euler a",
+    }
+    assert read(**passes, eta=0.5)[1] == []
+    assert read(**{**passes, "hr_sampler_name": "Euler"}, s_churn=1, s_noise=1.1)[1] == []
+
+
+def test_settings_of_churn_go_before_the_fields_as_in_the_webui() -> None:
+    fields: dict[str, Any] = {"s_churn": 5, "s_tmin": 0.1, "s_tmax": 9, "s_noise": 1.1}
+    settings = {"s_churn": 7, "s_tmin": 0.2, "s_tmax": 8, "s_noise": 1.05}
+
+    def churn_of(params: PaintingParams) -> dict[str, Any]:
+        return {name: getattr(params, name) for name in fields}
+
+    both, warnings = read(**fields, override_settings=settings)
+    assert (churn_of(both), warnings) == (settings, [])
+    usual = {"s_churn": 0, "s_tmin": 0, "s_tmax": 0, "s_noise": 1}
+    assert churn_of(read(**fields, override_settings=usual)[0]) == fields
 
 
 def test_a_field_of_the_other_task_is_told_and_left_out() -> None:

@@ -25,6 +25,7 @@ from tests.unit.pipelines.easel import (
     CHECKPOINT,
     DEMO,
     NAME,
+    Done,
     Easel,
     Model,
     base64_of,
@@ -483,6 +484,18 @@ def test_eta_is_written_down_where_it_acts(easel: Easel) -> None:
     assert "Eta" not in easel.paint(sampler_name="Euler", override_settings=ancestral).fields
 
 
+def test_the_scale_of_noise_acts_where_the_webui_gives_it_to_a_sampler(easel: Easel) -> None:
+    def painted(sampler: str, s_noise: float) -> Done:
+        return easel.paint(sampler_name=sampler, s_noise=s_noise)
+
+    for sampler in ("Euler a", "DPM adaptive", "DDIM"):
+        assert painted(sampler, 0).rows == painted(sampler, 1).rows
+        assert "Sigma noise" not in painted(sampler, 0).fields
+    for sampler in ("DPM2 a", "DPM++ 2M SDE Karras"):
+        assert painted(sampler, 0.5).rows != painted(sampler, 1).rows
+        assert painted(sampler, 0.5).fields["Sigma noise"] == "0.5"
+
+
 def test_fields_of_img2img_are_written_down(easel: Easel) -> None:
     mask = Image.new("L", (80, 64))
     mask.paste(255, (20, 20, 50, 50))
@@ -713,6 +726,12 @@ def test_a_refiner_takes_over_at_its_share(easel: Easel, other: Model) -> None:
     assert done.warnings == ["refiner_switch_at: not given, 0.8 was used"]
     for nothing in ("None", ""):
         assert painted(*both, refiner_checkpoint=nothing, refiner_switch_at=0.5) == painted()
+    hires: dict[str, Any] = {"enable_hr": True, "hr_scale": 1, "refiner_checkpoint": "other"}
+    for passes, told in (("second pass", None), ("both passes", "both passes")):
+        settings = {"hires_fix_refiner_pass": passes, "img2img_extra_noise": 0.1}
+        done = easel.paint(*both, **hires, refiner_switch_at=0.5, override_settings=settings)
+        assert done.fields.get("Hires refiner") == told
+        assert done.fields["Extra noise"] == "0.1"
     with pytest.raises(JobFailure, match=r"^refiner_checkpoint: third is no checkpoint of type"):
         painted(*both, refiner_checkpoint="third")
 

@@ -558,7 +558,7 @@ class _Painting:
             s_churn=params.s_churn,
             s_tmin=params.s_tmin,
             s_tmax=params.highest_churn,
-            s_noise=params.s_noise,
+            s_noise=params.s_noise if sampler.uses_s_noise else 1.0,
             order=self.settings.uni_pc_order,
         )
         sampling = sampler.function(
@@ -992,7 +992,7 @@ class _Painting:
 
     def _fields_of_sampling(self) -> dict[str, object]:
         params, settings, sampler = self.params, self.settings, self.params.sampler
-        churns = sampler.churns
+        churns, noises = sampler.churns, sampler.uses_s_noise
         eta = params.eta if params.eta is not None else settings.eta_ancestral
         ddim = sampler.name == "DDIM"
         if ddim:
@@ -1005,7 +1005,7 @@ class _Painting:
             "Sigma churn": params.s_churn or None if churns else None,
             "Sigma tmin": params.s_tmin or None if churns else None,
             "Sigma tmax": params.s_tmax or None if churns and params.highest_churn < 1e9 else None,
-            "Sigma noise": params.s_noise if churns and params.s_noise != 1 else None,
+            "Sigma noise": params.s_noise if noises and params.s_noise != 1 else None,
             "Schedule type": kind if kind.lower() != "automatic" else None,
             "Schedule max sigma": settings.sigma_max or None,
             "Schedule min sigma": settings.sigma_min or None,
@@ -1015,7 +1015,9 @@ class _Painting:
             "Noise multiplier": params.noise_multiplier
             if params.init_images and params.noise_multiplier != 1
             else None,
-            "Extra noise": settings.img2img_extra_noise or None if params.init_images else None,
+            "Extra noise": settings.img2img_extra_noise or None
+            if params.init_images or params.enable_hr
+            else None,
             "Pad conds": settings.pad_cond_uncond or None,
         }
 
@@ -1036,8 +1038,11 @@ class _Painting:
             else:
                 fields["Hires upscale"] = params.hr_scale
             fields["Hires steps"] = params.hr_second_pass_steps or None
-            fields["Hires upscaler"] = params.hr_upscaler
+            fields["Hires upscaler"] = plan.upscaler.name if plan.upscaler else params.hr_upscaler
         if plan.refiner is not None:
+            passes = self.settings.hires_fix_refiner_pass
+            if params.enable_hr and passes != "second pass":
+                fields["Hires refiner"] = passes
             fields["Refiner"] = self._title(plan.refiner)
             fields["Refiner switch at"] = params.refiner_switch_at
         return fields

@@ -38,6 +38,9 @@ Steps = Annotated[int, Meta(ge=1, le=150)]
 Seed = Annotated[int, Meta(ge=-1, le=2**53 - 1)]
 SeedDelta = Annotated[int, Meta(ge=-(2**53) + 1, le=2**53 - 1)]
 Sigma = Annotated[float, Meta(ge=0, le=1000)]
+HighestSigma = Annotated[float, Meta(ge=0)]
+Churn = Annotated[float, Meta(ge=0, le=1000)]
+NoiseScale = Annotated[float, Meta(ge=0, le=10)]
 LEAST_RHO = 0.1
 
 
@@ -69,6 +72,10 @@ class OverrideSettings(msgspec.Struct, frozen=True, kw_only=True):
     pad_cond_uncond: bool = False
     return_grid: bool = False
     rho: Annotated[float, Meta(ge=0, le=100)] = 0.0
+    s_churn: Churn = 0.0
+    s_noise: NoiseScale = 1.0
+    s_tmax: HighestSigma = 0.0
+    s_tmin: Sigma = 0.0
     samples_format: str = ""
     sd_model_checkpoint: str = ""
     sd_vae: str = ""
@@ -107,10 +114,10 @@ class PaintingParams(msgspec.Struct, frozen=True, kw_only=True):
     batch_size: Annotated[int, Meta(ge=1, le=32)] = 1
     n_iter: Annotated[int, Meta(ge=1, le=100)] = 1
     eta: Share | None = None
-    s_churn: Annotated[float, Meta(ge=0, le=1000)] = 0.0
+    s_churn: Churn = 0.0
     s_tmin: Sigma = 0.0
-    s_tmax: Annotated[float, Meta(ge=0)] = 0.0
-    s_noise: Annotated[float, Meta(ge=0, le=10)] = 1.0
+    s_tmax: HighestSigma = 0.0
+    s_noise: NoiseScale = 1.0
     s_min_uncond: Annotated[float, Meta(ge=0, le=15)] = 0.0
     tiling: bool = False
     disable_extra_networks: bool = False
@@ -154,7 +161,8 @@ class PaintingParams(msgspec.Struct, frozen=True, kw_only=True):
     def sampler(self) -> Sampler:
         """Raises JobFailure for a name that nobody knows."""
         index = self.sampler_index if isinstance(self.sampler_index, str) else ""
-        return _sampler(self.sampler_name or index or "Euler", "sampler_name", self.scheduler)
+        field = "sampler_index" if index and not self.sampler_name else "sampler_name"
+        return _sampler(self.sampler_name or index or "Euler", field, self.scheduler)
 
     @property
     def hr_sampler(self) -> Sampler:
@@ -243,7 +251,6 @@ _HARMLESS: dict[str, tuple[object, ...]] = {
 }
 _HARMLESS_SETTINGS: dict[str, tuple[object, ...]] = {
     "randn_source": ("CPU",),
-    "s_churn": (0,),
     "grid_only_if_multiple": (True,),
 }
 _IMG2IMG_ONLY = (
@@ -290,10 +297,16 @@ def parse_painting(body: bytes, task_type: str) -> tuple[PaintingParams, dict[st
 
 
 def _as_task(params: PaintingParams, task_type: str) -> PaintingParams:
-    """Without what belongs to the other task; with the size that the first pass has."""
+    """Without what belongs to the other task; with what the settings have in place of fields, and
+    the size that the first pass has."""
     other = _TXT2IMG_ONLY if task_type == "img2img" else _IMG2IMG_ONLY
     usual = PaintingParams()
-    params = msgspec.structs.replace(params, **{name: getattr(usual, name) for name in other})
+    changed = {name: getattr(usual, name) for name in other}
+    for name in ("s_churn", "s_tmin", "s_tmax", "s_noise"):
+        setting = getattr(params.override_settings, name)
+        if setting != getattr(usual, name):
+            changed[name] = setting
+    params = msgspec.structs.replace(params, **changed)
     if params.firstphase_width or params.firstphase_height:
         return msgspec.structs.replace(
             params,
@@ -374,11 +387,21 @@ def _about_samplers(params: PaintingParams) -> list[str]:
         for name in ("sigma_min", "sigma_max", "rho")
         if getattr(settings, name) and not (spread and spread.follows(name))
     ]
-    if params.s_churn and not sampler.churns:
-        warnings.append(f"s_churn: no effect on {sampler.name}")
-    if params.eta is not None and not sampler.uses_eta:
-        warnings.append(f"eta: no effect on {sampler.name}")
-    return warnings
+    samplers = [sampler, params.hr_sampler] if params.enable_hr else [sampler]
+    names = " and ".join(dict.fromkeys(one.name for one in samplers))
+    churns = any(one.churns for one in samplers)
+    asked = {
+        "s_churn": (params.s_churn != 0, churns),
+        "s_tmin": (params.s_tmin != 0, churns),
+        "s_tmax": (params.highest_churn < math.inf, churns),
+        "s_noise": (params.s_noise != 1, any(one.uses_s_noise for one in samplers)),
+        "eta": (params.eta is not None, any(one.uses_eta for one in samplers)),
+    }
+    return warnings + [
+        f"{field}: no effect on {names}"
+        for field, (asks, acts) in asked.items()
+        if asks and not acts
+    ]
 
 
 def _rounded(params: PaintingParams, warnings: list[str]) -> PaintingParams:

@@ -25,8 +25,9 @@ SPREADS = {
 class Sampler(msgspec.Struct, frozen=True):
     """`calls`: evaluations of the model per step. `spread`: of its levels, unless a job says
     otherwise; a sampler with `levels` has them from its own paper, and no job can say otherwise.
-    `churns`: acts on `s_churn`, `s_tmin` and `s_tmax`. `uses_eta`: acts on `eta`. `per_picture`:
-    can't take several pictures in one run."""
+    `churns`: acts on `s_churn`, `s_tmin` and `s_tmax`. `uses_eta`: acts on `eta`. `uses_s_noise`:
+    acts on `s_noise`, which the webui keeps from some that could. `per_picture`: can't take several
+    pictures in one run."""
 
     name: str
     function: SamplerFunction
@@ -35,6 +36,7 @@ class Sampler(msgspec.Struct, frozen=True):
     calls: int = 1
     churns: bool = False
     uses_eta: bool = False
+    uses_s_noise: bool = False
     per_picture: bool = False
     levels: Callable[[NoiseSchedule, int], Sigmas] | None = None
 
@@ -64,9 +66,9 @@ _K_SAMPLERS = (
         aliases=("k_euler_a", "k_euler_ancestral"),
         uses_eta=True,
     ),
-    Sampler("Euler", samplers.euler, aliases=("k_euler",), churns=True),
+    Sampler("Euler", samplers.euler, aliases=("k_euler",), churns=True, uses_s_noise=True),
     Sampler("LMS", samplers.lms, aliases=("k_lms",)),
-    Sampler("Heun", samplers.heun, aliases=("k_heun",), calls=2, churns=True),
+    Sampler("Heun", samplers.heun, aliases=("k_heun",), calls=2, churns=True, uses_s_noise=True),
     Sampler(
         "DPM2",
         samplers.dpm_2,
@@ -74,6 +76,7 @@ _K_SAMPLERS = (
         ("k_dpm_2",),
         calls=2,
         churns=True,
+        uses_s_noise=True,
     ),
     Sampler(
         "DPM2 a",
@@ -82,6 +85,7 @@ _K_SAMPLERS = (
         ("k_dpm_2_a",),
         calls=2,
         uses_eta=True,
+        uses_s_noise=True,
     ),
     Sampler(
         "DPM++ 2S a",
@@ -89,15 +93,30 @@ _K_SAMPLERS = (
         aliases=("k_dpmpp_2s_a",),
         calls=2,
         uses_eta=True,
+        uses_s_noise=True,
     ),
     Sampler("DPM++ 2M", samplers.dpmpp_2m, aliases=("k_dpmpp_2m",)),
-    Sampler("DPM++ SDE", samplers.dpmpp_sde, aliases=("k_dpmpp_sde",), calls=2, uses_eta=True),
-    Sampler("DPM++ 2M SDE", samplers.dpmpp_2m_sde, aliases=("k_dpmpp_2m_sde",), uses_eta=True),
+    Sampler(
+        "DPM++ SDE",
+        samplers.dpmpp_sde,
+        aliases=("k_dpmpp_sde",),
+        calls=2,
+        uses_eta=True,
+        uses_s_noise=True,
+    ),
+    Sampler(
+        "DPM++ 2M SDE",
+        samplers.dpmpp_2m_sde,
+        aliases=("k_dpmpp_2m_sde",),
+        uses_eta=True,
+        uses_s_noise=True,
+    ),
     Sampler(
         "DPM++ 2M SDE Heun",
         samplers.dpmpp_2m_sde_heun,
         aliases=("k_dpmpp_2m_sde_heun",),
         uses_eta=True,
+        uses_s_noise=True,
     ),
     Sampler(
         "DPM++ 3M SDE",
@@ -105,8 +124,15 @@ _K_SAMPLERS = (
         Spread(drop_last_but_one=True),
         ("k_dpmpp_3m_sde",),
         uses_eta=True,
+        uses_s_noise=True,
     ),
-    Sampler("DPM fast", samplers.dpm_fast, aliases=("k_dpm_fast",), uses_eta=True),
+    Sampler(
+        "DPM fast",
+        samplers.dpm_fast,
+        aliases=("k_dpm_fast",),
+        uses_eta=True,
+        uses_s_noise=True,
+    ),
     Sampler(
         "DPM adaptive",
         samplers.dpm_adaptive,
