@@ -476,17 +476,29 @@ def test_settings_say_how_levels_are_spread() -> None:
     settings = {"k_sched_type": "Exponential", "sigma_min": 0.1, "sigma_max": 10, "rho": 5}
     params, _ = read(sampler_name="DPM2", override_settings=settings)
     spread = params.spread(params.sampler)
-    assert (spread.kind, spread.sigma_min, spread.sigma_max, spread.rho) == (
-        "exponential",
-        0.1,
-        10,
-        5,
-    )
+    assert (spread.kind, spread.sigma_min, spread.sigma_max) == ("exponential", 0.1, 10)
+    assert spread.rho == 0  # no exponential spread has one
     assert spread.drop_last_but_one  # DPM2's own
     plain, _ = read(sampler_name="Euler")
     assert not plain.spread(plain.sampler).drop_last_but_one
     told, _ = read(override_settings={"always_discard_next_to_last_sigma": True})
     assert told.spread(told.sampler).drop_last_but_one
+
+
+def test_the_ends_of_levels_take_a_schedule_type_as_in_the_webui() -> None:
+    ends: dict[str, Any] = {"sigma_min": 0.1, "rho": 5}
+    params, warnings = read(sampler_name="DPM++ 2M Karras", override_settings=ends)
+    assert params.spread(params.sampler) == params.sampler.spread
+    assert warnings == [
+        f"override_settings.{name}: no effect on the levels of DPM++ 2M Karras; name a k_sched_type"
+        for name in ends
+    ]
+    by_field: dict[str, Any] = {"scheduler": "karras", "override_settings": ends}
+    by_setting: dict[str, Any] = {"override_settings": {**ends, "k_sched_type": "karras"}}
+    for body in (by_field, by_setting):
+        params, warnings = read(sampler_name="DPM++ 2M", **body)
+        spread = params.spread(params.sampler)
+        assert (spread.sigma_min, spread.rho, warnings) == (0.1, 5, [])
 
 
 # Hires fix

@@ -496,6 +496,19 @@ def test_the_scale_of_noise_acts_where_the_webui_gives_it_to_a_sampler(easel: Ea
         assert painted(sampler, 0.5).fields["Sigma noise"] == "0.5"
 
 
+def test_levels_are_written_down_where_they_were_chosen(easel: Easel) -> None:
+    settings = {"sigma_min": 0.1, "sigma_max": 10, "rho": 5}
+    plain = easel.paint(sampler_name="DPM++ 2M Karras")
+    ends = easel.paint(sampler_name="DPM++ 2M Karras", override_settings=settings)
+    assert ends.rows == plain.rows
+    assert ends.fields == plain.fields
+    chosen = {**settings, "k_sched_type": "karras"}
+    done = easel.paint(sampler_name="DPM++ 2M", override_settings=chosen)
+    told = [done.fields[f"Schedule {name}"] for name in ("type", "min sigma", "max sigma", "rho")]
+    assert told == ["karras", "0.1", "10.0", "5.0"]
+    assert "Schedule type" not in easel.paint(sampler_name="DDIM", override_settings=chosen).fields
+
+
 def test_fields_of_img2img_are_written_down(easel: Easel) -> None:
     mask = Image.new("L", (80, 64))
     mask.paste(255, (20, 20, 50, 50))
@@ -678,6 +691,14 @@ def test_networks_act_with_their_weights(easel: Easel, lora: Model) -> None:
     assert len({bare, texts, unet, painted("a red circle <lora:ink:1>")}) == 4
     assert painted("a red circle <lora:ink:1>", disable_extra_networks=True) == bare
     assert painted("a red circle") == bare  # nothing of it is left
+
+
+def test_what_a_network_is_told_in_vain_is_told(easel: Easel, lora: Model) -> None:
+    done = easel.paint(lora, prompt="<lora:INK:0.5:lbw=OUTALL> <lora:ink:1:1:8>")
+    assert done.warnings == [
+        "prompt: lbw= in <lora:ink:…>: no effect here",
+        "prompt: a third number in <lora:ink:…>: no effect here",
+    ]
 
 
 def test_a_lora_that_the_job_does_not_name_is_told_what_to_do(easel: Easel, lora: Model) -> None:

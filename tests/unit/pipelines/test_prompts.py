@@ -53,7 +53,8 @@ from tests.unit.pipelines.easel import Easel
         ("<lora:ink:te=0.2>", "", [Network("lora", "ink", 0.2, 0.2)]),
         ("<lora:ink:unet=0.2>", "", [Network("lora", "ink", 1, 0.2)]),
         ("<lora:ink:0.5:unet=0.2:te=0.1>", "", [Network("lora", "ink", 0.1, 0.2)]),
-        ("<lora:ink:1:0.5:dyn=4>", "", [Network("lora", "ink", 1, 0.5)]),
+        ("<lora:ink:1:0.5:dyn=4>", "", [Network("lora", "ink", 1, 0.5, ("dyn=",))]),
+        ("<lora:ink:1:1:8>", "", [Network("lora", "ink", 1, 1, ("a third number",))]),
         (
             "<lyco:b:2>a<lora:a:1>",
             "a",

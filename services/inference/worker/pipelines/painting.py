@@ -189,6 +189,10 @@ class PaintingPlan:
                 self.warnings.append(f"{kind}: no effect here; lora and lyco have one")
                 continue
             model = self.models.get(LORA, network.name, f"{field}: <{network.kind}:…>")
+            self.warnings += [
+                f"{field}: {argument} in <{network.kind}:{model.stem}:…>: no effect here"
+                for argument in network.ignored
+            ]
             found.append((self._open(model), network))
         return found
 
@@ -997,7 +1001,9 @@ class _Painting:
         ddim = sampler.name == "DDIM"
         if ddim:
             eta = params.eta if params.eta is not None else settings.eta_ddim
-        kind = settings.k_sched_type
+        kind, spread = settings.k_sched_type, params.spread(sampler)
+        if sampler.levels:
+            kind, spread = "automatic", sampler.spread
         return {
             "Eta DDIM" if ddim else "Eta": eta
             if sampler.uses_eta and eta not in (None, 0 if ddim else 1)
@@ -1007,9 +1013,9 @@ class _Painting:
             "Sigma tmax": params.s_tmax or None if churns and params.highest_churn < 1e9 else None,
             "Sigma noise": params.s_noise if noises and params.s_noise != 1 else None,
             "Schedule type": kind if kind.lower() != "automatic" else None,
-            "Schedule max sigma": settings.sigma_max or None,
-            "Schedule min sigma": settings.sigma_min or None,
-            "Schedule rho": settings.rho or None,
+            "Schedule max sigma": spread.sigma_max or None,
+            "Schedule min sigma": spread.sigma_min or None,
+            "Schedule rho": spread.rho or None,
             "Discard penultimate sigma": settings.always_discard_next_to_last_sigma or None,
             "SGM noise multiplier": settings.sgm_noise_multiplier or None,
             "Noise multiplier": params.noise_multiplier

@@ -42,6 +42,8 @@ HighestSigma = Annotated[float, Meta(ge=0)]
 Churn = Annotated[float, Meta(ge=0, le=1000)]
 NoiseScale = Annotated[float, Meta(ge=0, le=10)]
 LEAST_RHO = 0.1
+LEVELS = ("sigma_min", "sigma_max", "rho")
+"""Settings of how the levels of noise are spread."""
 
 
 class OverrideSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -171,17 +173,18 @@ class PaintingParams(msgspec.Struct, frozen=True, kw_only=True):
         return _sampler(self.hr_sampler_name, "hr_sampler_name", self.scheduler)
 
     def spread(self, sampler: Sampler) -> Spread:
-        """How the levels of a run are spread: the sampler's own way, but for what is overridden."""
+        """How the levels of a run are spread: the sampler's own way, but for what is overridden.
+        As in the webui, nothing chooses their ends who does not choose a schedule type."""
         settings = self.override_settings
         spread = sampler.spread
         kind = SPREADS.get(settings.k_sched_type.lower(), "automatic")
         if kind != "automatic":
             spread = msgspec.structs.replace(spread, kind=kind)
+        if kind != "automatic" or _words(self.scheduler) not in ("", "automatic"):
+            ends = {name: getattr(settings, name) for name in LEVELS if spread.follows(name)}
+            spread = msgspec.structs.replace(spread, **ends)
         return msgspec.structs.replace(
             spread,
-            sigma_min=settings.sigma_min,
-            sigma_max=settings.sigma_max,
-            rho=settings.rho,
             drop_last_but_one=spread.drop_last_but_one
             or settings.always_discard_next_to_last_sigma,
         )
@@ -382,10 +385,11 @@ def _about_samplers(params: PaintingParams) -> list[str]:
     if sampler.levels and settings.k_sched_type.lower() != "automatic":
         warnings.append(f"override_settings.k_sched_type: no effect on {sampler.name}")
     spread = None if sampler.levels else params.spread(sampler)
+    hint = "; name a k_sched_type" if spread == sampler.spread else ""
     warnings += [
-        f"override_settings.{name}: no effect on the levels of {sampler.name}"
-        for name in ("sigma_min", "sigma_max", "rho")
-        if getattr(settings, name) and not (spread and spread.follows(name))
+        f"override_settings.{name}: no effect on the levels of {sampler.name}{hint}"
+        for name in LEVELS
+        if getattr(settings, name) and not (spread and getattr(spread, name))
     ]
     samplers = [sampler, params.hr_sampler] if params.enable_hr else [sampler]
     names = " and ".join(dict.fromkeys(one.name for one in samplers))

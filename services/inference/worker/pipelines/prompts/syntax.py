@@ -21,12 +21,13 @@ import numpy as np
 
 class Network(msgspec.Struct, frozen=True):
     """`<kind:name:first:second>`, also with `te=`, `unet=` for the weights: how strongly it acts on
-    the text encoders and on the UNet."""
+    the text encoders and on the UNet. `ignored`: the names of other arguments."""
 
     kind: str
     name: str
     text_weight: float = 1.0
     unet_weight: float = 1.0
+    ignored: tuple[str, ...] = ()
 
 
 class BadPrompt(ValueError):
@@ -56,7 +57,9 @@ def _network(kind: str, arguments: str) -> Network:
     weights = _number(text), _number(unet)
     if weights[0] is None or weights[1] is None:
         raise BadPrompt(f"prompt: <{kind}:{name[:60]}:…> has a weight that is no number")
-    return Network(kind, name, weights[0], weights[1])
+    ignored = [f"{key[:20]}=" for key in named if key not in ("te", "unet")]
+    ignored += ["a third number"] * (len(unnamed) > 2)
+    return Network(kind, name, weights[0], weights[1], tuple(ignored))
 
 
 # Several prompts at once
