@@ -251,7 +251,15 @@ class Client:
             if response.is_error:
                 response.read()
                 raise Failed(response.status_code, response.json()["message"])
-            yield from parse_events(response.iter_lines())
+            yield from parse_events(event_lines(response))
+
+
+def event_lines(response: httpx.Response) -> Iterator[str]:
+    """The whole lines of a stream: httpx's own would end at U+2028 and its like within JSON too."""
+    left = ""
+    for text in response.iter_text():
+        *lines, left = (left + text).split("\n")
+        yield from lines
 
 
 def parse_events(lines: Iterator[str]) -> Iterator[ServerEvent]:

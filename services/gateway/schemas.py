@@ -100,6 +100,14 @@ class CreateUserBody(Struct, frozen=True, kw_only=True):
     initial: bool = False
 
 
+class ChangeUserBody(Struct, frozen=True, kw_only=True):
+    """What is left out stays as it is. A new password ends the user's access tokens."""
+
+    roles: Annotated[list[Name], Meta(max_length=100)] | None = None
+    permissions: Annotated[list[Permission], Meta(max_length=100)] | None = None
+    password: Annotated[str, Meta(min_length=8, max_length=1024)] | None = None
+
+
 class DeleteUsersBody(Struct, frozen=True, kw_only=True):
     user_name_list: Annotated[list[Name], Meta(min_length=1, max_length=100)]
 

@@ -99,6 +99,28 @@ async def create_user(cmd: identity.CreateUser, tx: Tx) -> None:
     tx.emit(event.of(made))
 
 
+async def change_user(cmd: identity.ChangeUser, tx: Tx) -> None:
+    await hold_users(tx.conn)
+    roles, users = RoleStore(tx.conn), UserStore(tx.conn)
+    user = await users.find(cmd.username)
+    if user is None or user.deleted:
+        raise Rejected("identity.user_not_found", username=cmd.username)
+    wanted = user.roles
+    if cmd.roles is not None:
+        wanted = check_roles(cmd.roles, {role.role_name for role in await roles.list_all()})
+    changed = user.change(
+        password_hash=cmd.password_hash or user.password_hash,
+        roles=wanted,
+        permissions=user.permissions if cmd.permissions is None else cmd.permissions,
+        creator=user.creator,
+    )
+    await users.save(changed)
+    check_an_administrator_stays(await users.list_all(), await roles.list_all())
+    if cmd.password_hash:
+        tx.emit(identity.CredentialChanged.of(changed))
+    tx.emit(identity.UserChanged.of(changed))
+
+
 async def delete_users(cmd: identity.DeleteUsers, tx: Tx) -> None:
     """All or none. Their tokens end with them."""
     await hold_users(tx.conn)

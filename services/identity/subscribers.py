@@ -10,6 +10,7 @@ COMMANDS: Handlers = {
     identity.CreateRole: commands.create_role,
     identity.DeleteRoles: commands.delete_roles,
     identity.CreateUser: commands.create_user,
+    identity.ChangeUser: commands.change_user,
     identity.DeleteUsers: commands.delete_users,
     identity.CreateToken: commands.create_token,
     identity.RevokeToken: commands.revoke_token,

@@ -46,6 +46,15 @@ class CreateUser(Command, frozen=True, kw_only=True):
     """Only while there is no user: the first one, with all default roles (ESD profile)."""
 
 
+class ChangeUser(Command, frozen=True, kw_only=True):
+    """What is None stays as it is."""
+
+    username: str
+    roles: list[str] | None = None
+    permissions: list[str] | None = None
+    password_hash: str | None = None
+
+
 class DeleteUsers(Command, frozen=True, kw_only=True):
     usernames: list[str]
 

@@ -13,6 +13,7 @@ TYPES: dict[str, type[Message]] = {
     "identity.create_role.v1": identity.CreateRole,
     "identity.delete_roles.v1": identity.DeleteRoles,
     "identity.create_user.v1": identity.CreateUser,
+    "identity.change_user.v1": identity.ChangeUser,
     "identity.delete_users.v1": identity.DeleteUsers,
     "identity.create_token.v1": identity.CreateToken,
     "identity.revoke_token.v1": identity.RevokeToken,

@@ -47,6 +47,7 @@ ROUTES: dict[str, Route] = {
     "CreateUser": Route(
         "POST", "/users", "user:create", {"username": "{name}", "password": "long enough"}
     ),
+    "ChangeUser": Route("PUT", "/users/{name}", "user:all", {"roles": []}),
     "DeleteUsers": Route("DELETE", "/users", "user:all", {"user_name_list": ["{name}"]}),
     "ListTokens": Route("GET", "/auth/tokens", ANYBODY),
     "CreateToken": Route("POST", "/auth/tokens", ANYBODY, {"name": "{name}"}),

@@ -91,7 +91,7 @@ def test_what_is_refused_is_said_at_once(api: StrictClient, tmp_path: Path) -> N
         api.upload_checkpoint("embeddings", tmp_path / name)
     shown = api.call("GET", "/checkpoints?types=embeddings&status=Disabled")["data"]["checkpoints"]
     (refused,) = [checkpoint for checkpoint in shown if checkpoint["name"] == [name]]
-    assert "builtins.print" in refused["error"]
+    assert "__builtin__.print" in refused["error"]
     on = api.request("PUT", f"/checkpoints/{refused['id']}", {"status": "Active"})
     assert on.status_code == 400
     assert "stays Disabled" in on.json()["message"]
@@ -170,8 +170,7 @@ def test_a_change_of_roles_counts_from_the_next_call_on(
         )
 
     def assign(*roles: str) -> None:
-        body = {"username": artist.username, "password": artist.password, "roles": list(roles)}
-        api.call("POST", "/users", body)
+        api.call("PUT", f"/users/{artist.username}", {"roles": list(roles)})
 
     assert may(artist) == may(there) == (False, 404, 404)
     assign("Designer", role)

@@ -25,7 +25,7 @@ import pytest
 from nats.aio.client import Client as Nats
 from nats.js.api import AckPolicy, ConsumerConfig
 
-from deploy.local.client import Client, Failed, ServerEvent, parse_events
+from deploy.local.client import Client, Failed, ServerEvent, event_lines, parse_events
 from deploy.local.demo import CHECKPOINT
 from deploy.local.stack import Stack
 from shared.contracts import envelope as cloud
@@ -95,7 +95,7 @@ class Ear:
             http.stream("GET", self._url, headers=self._headers, timeout=60) as response,
         ):
             assert response.status_code == 200, response.read()
-            lines = response.iter_lines()
+            lines = event_lines(response)
             assert next(lines).startswith("retry")
             self._begun.set()
             for event in parse_events(lines):
@@ -208,7 +208,7 @@ def test_who_reads_slowly_gets_fewer_pictures_and_no_fewer_events(
         httpx.Client(transport=transport, timeout=30) as http,
         http.stream("GET", url, headers=admin.headers) as slow,
     ):
-        lines = slow.iter_lines()
+        lines = event_lines(slow)
         assert next(lines).startswith("retry")
         asyncio.run(tell(stack, job_id, *previews))
         admin.cancel_job(job_id)
@@ -323,7 +323,7 @@ def test_a_client_that_does_not_read_is_cut_off_and_holds_up_nobody(
         httpx.Client(transport=transport, timeout=30) as http,
         http.stream("GET", admin.url + "/events", headers=admin.headers) as slow,
     ):
-        lines = slow.iter_lines()
+        lines = event_lines(slow)
         assert next(lines).startswith("retry")
         name = unique("flood")
         for first in range(1, count, 300):

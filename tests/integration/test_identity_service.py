@@ -13,6 +13,7 @@ from deploy.local.stack import Stack
 from shared.contracts import identity
 from shared.contracts.envelope import Completed, Message, Rejected, State, new_id
 from shared.contracts.identity import (
+    ChangeUser,
     CreateRole,
     CreateToken,
     CreateUser,
@@ -114,6 +115,10 @@ async def test_what_is_not_there_is_deleted_without_a_word(bus: Bus) -> None:
         (user("admin"), "identity.user_exists"),
         (user("", initial=True), "identity.already_initialised"),
         (DeleteUsers(usernames=["admin"]), "identity.last_administrator"),
+        (ChangeUser(username="admin", roles=["Designer"]), "identity.last_administrator"),
+        (ChangeUser(username="admin", roles=["no such role"]), "identity.role_not_found"),
+        (ChangeUser(username="admin", permissions=["x:y"]), "identity.unknown_permission"),
+        (ChangeUser(username="no such user"), "identity.user_not_found"),
         (user("admin", "Designer", replace=True), "identity.last_administrator"),
         (role("IT Operator", "role:all", replace=True), "identity.last_administrator"),
         (token("no such user"), "identity.user_not_found"),
@@ -122,6 +127,20 @@ async def test_what_is_not_there_is_deleted_without_a_word(bus: Bus) -> None:
 )
 async def test_what_is_refused(bus: Bus, command: Any, code: str) -> None:
     assert await bus.refused(command) == code
+
+
+async def test_a_user_is_changed_in_what_is_named_and_no_more(bus: Bus) -> None:
+    command = user("", "Designer", permissions=["train:all"])
+    await events(bus, command)
+    (changed,) = await events(bus, ChangeUser(username=command.username, roles=["byoc"]))
+    assert isinstance(changed, identity.UserChanged)
+    assert (changed.roles, changed.permissions, changed.version) == (["byoc"], ["train:all"], 2)
+    change = ChangeUser(username=command.username, permissions=[], password_hash="another")
+    credential, again = await events(bus, change)
+    assert isinstance(credential, identity.CredentialChanged)
+    assert credential.password_hash == "another"
+    assert isinstance(again, identity.UserChanged)
+    assert (again.roles, again.permissions, again.version) == (["byoc"], [], 3)
 
 
 async def test_a_user_is_told_with_a_credential_that_ends_with_them(bus: Bus) -> None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from litestar import Request, delete, get, post
+from litestar import Request, delete, get, post, put
 
 from services.gateway.auth import (
     check_name_is_free,
@@ -12,11 +12,18 @@ from services.gateway.auth import (
     person_of,
 )
 from services.gateway.errors import ApiError
-from services.gateway.routes.answers import READ_ONE, WRITE
-from services.gateway.schemas import Answer, CreateUserBody, DeleteUsersBody, Message, Users
+from services.gateway.routes.answers import READ_ONE, WRITE, WRITE_ONE
+from services.gateway.schemas import (
+    Answer,
+    ChangeUserBody,
+    CreateUserBody,
+    DeleteUsersBody,
+    Message,
+    Users,
+)
 from services.gateway.state import Gateway
 from services.gateway.views import user_view
-from shared.contracts.identity import CreateUser, DeleteUsers
+from shared.contracts.identity import ChangeUser, CreateUser, DeleteUsers
 
 
 @get("/users", operation_id="ListUsers", tags=["Users"], responses=READ_ONE)
@@ -68,6 +75,33 @@ async def create_user(
     return Message(201, "Created")
 
 
+@put("/users/{username:str}", operation_id="ChangeUser", tags=["Users"], responses=WRITE_ONE)
+async def change_user(
+    request: Request[Any, Any, Any], gateway: Gateway, username: str, data: ChangeUserBody
+) -> Message:
+    """Gives a user other roles, permissions or another password; the next call sees it. Nobody can
+    change somebody who may do more than they themselves."""
+    person = await gateway.authorize(request, "user:all")
+    other, user = person_of(gateway.directory, username), gateway.directory.users.get(username)
+    if other is None or user is None:
+        raise ApiError(404, f'user: "{username}" not exist')
+    check_no_escalation(person, set(other.permissions))
+    granted = permissions_of_roles(gateway.directory, data.roles or [])
+    check_no_escalation(person, granted | set(data.permissions or []))
+    check_roles_held(person, [role for role in data.roles or [] if role not in user.roles])
+    password_hash = None
+    if data.password is not None:
+        password_hash = await gateway.authenticator.hash_password(data.password)
+    command = ChangeUser(
+        username=username,
+        roles=data.roles,
+        permissions=data.permissions,
+        password_hash=password_hash,
+    )
+    await gateway.dispatcher.send(command, await gateway.ticket(request, person))
+    return Message(200, "Changed")
+
+
 @delete("/users", operation_id="DeleteUsers", tags=["Users"], responses=WRITE)
 async def delete_users(
     request: Request[Any, Any, Any], gateway: Gateway, data: DeleteUsersBody
@@ -82,4 +116,4 @@ async def delete_users(
     await gateway.dispatcher.send(command, await gateway.ticket(request, person))
 
 
-ROUTES = [list_users, create_user, delete_users]
+ROUTES = [list_users, create_user, change_user, delete_users]
