@@ -15,17 +15,22 @@ import psutil
 from deploy.local.client import Client
 from deploy.local.demo import CHECKPOINT
 from deploy.local.stack import Stack
-from tests.bench import http, jobs
+from tests.bench import http, jobs, registry
 from tests.bench.report import Row, print_table
 
 THREADS = 1
-NAMES = ("jobs", "memory", "http")
+NAMES = ("jobs", "memory", "http", "registry")
 
 
 def main() -> None:
-    wanted = sys.argv[1:] or NAMES
-    if unknown := set(wanted) - set(NAMES):
+    wanted = set(sys.argv[1:] or NAMES)
+    if unknown := wanted - set(NAMES):
         raise SystemExit(f"just bench [{' '.join(NAMES)}]; got {', '.join(unknown)}")
+    if "registry" in wanted:
+        with stack_with(**registry.settings()) as (stack, client):
+            print_table("Into the registry", "bare boto3", registry.ways_in(stack, client))
+    if not wanted - {"registry"}:
+        return
     with jobs.bare_pipeline(THREADS) as bare:
         if "jobs" in wanted:
             with stack_with(jobs_in_hand=1) as (_, client):

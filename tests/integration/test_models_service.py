@@ -655,6 +655,7 @@ async def test_download_follows_redirects_and_keeps_every_byte(
         (["{allowed}/endless.pth"], "larger than"),
         (["{allowed}/files/empty.pth?size=0"], "empty"),
         (["{allowed}/named?name=.."], "can't be used"),
+        (["{allowed}/named?name=" + "x" * 4000 + ".pth"], "can't be used"),
         (["{allowed}/files/a.pth?size=2000", "{allowed}/named?name=a.pth"], "two of the URLs"),
         (["{allowed}/files/b.pth?size=2000", "{allowed}/missing.pth"], "answered 404"),
         (["http://nowhere.invalid/x.pth"], "3 times"),

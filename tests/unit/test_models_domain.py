@@ -62,7 +62,21 @@ def test_check_parts_finds_parts_that_s3_would_refuse_after_it_was_too_late() ->
 
 @pytest.mark.parametrize(
     "filename",
-    ["", ".", "..", " ", "../x", "a/b", "a\\b", "/etc/passwd", "a\nb", "a\0", " x", "é" * 128],
+    [
+        "",
+        ".",
+        "..",
+        " ",
+        "../x",
+        "a/b",
+        "a\\b",
+        "/etc/passwd",
+        "a\nb",
+        "a\0",
+        " x",
+        "é" * 128,
+        "x" * 10_000,
+    ],
 )
 def test_file_names_that_lead_elsewhere_or_nowhere_are_faulty(filename: str) -> None:
     assert find_fault(filename)
