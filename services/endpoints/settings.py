@@ -17,6 +17,8 @@ BUILT_IN = {
 
 HANDED_ON = (
     "cache_bytes",
+    "ram_bytes",
+    "gpu_bytes",
     "job_seconds",
     "jobs_in_hand",
     "batch_rows",
@@ -56,6 +58,8 @@ class Settings(ServiceSettings, frozen=True, kw_only=True):
     worker_command: str = "{python} -m services.inference.worker"
     worker_threads: int = 0
     cache_bytes: str = ""
+    ram_bytes: str = ""
+    gpu_bytes: str = ""
     job_seconds: str = ""
     jobs_in_hand: str = ""
     batch_rows: str = ""

@@ -1,4 +1,6 @@
 """`just bench`: what Darkroom adds to the bare work, measured against a named peer in one run.
+`just bench registry cache switches`: model files on their way in and to a picture, and the memory
+of services and engines.
 
 Starts a stack of its own and removes it. Trust the ratios, not the milliseconds.
 """
@@ -15,21 +17,26 @@ import psutil
 from deploy.local.client import Client
 from deploy.local.demo import CHECKPOINT
 from deploy.local.stack import Stack
-from tests.bench import http, jobs, registry
+from tests.bench import cache, http, jobs, registry, switching
 from tests.bench.report import Row, print_table
 
 THREADS = 1
-NAMES = ("jobs", "memory", "http", "registry")
+USUAL = ("jobs", "memory", "http")
+NAMES = (*USUAL, "registry", "cache", "switches")
 
 
 def main() -> None:
-    wanted = set(sys.argv[1:] or NAMES)
+    wanted = set(sys.argv[1:] or USUAL)
     if unknown := wanted - set(NAMES):
         raise SystemExit(f"just bench [{' '.join(NAMES)}]; got {', '.join(unknown)}")
     if "registry" in wanted:
         with stack_with(**registry.settings()) as (stack, client):
             print_table("Into the registry", "bare boto3", registry.ways_in(stack, client))
-    if not wanted - {"registry"}:
+    if "cache" in wanted:
+        cache.run()
+    if "switches" in wanted:
+        switching.run()
+    if not wanted.intersection(USUAL):
         return
     with jobs.bare_pipeline(THREADS) as bare:
         if "jobs" in wanted:

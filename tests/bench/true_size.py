@@ -62,6 +62,25 @@ def small(family: str) -> Configs:
     return msgspec.structs.replace(standard, unet=unet, vae=vae, **encoders)
 
 
+def smaller(*, unet: float, vae: float = 1.0, text_layers: int = 12) -> Configs:
+    """Configs of an SD 1.x model with a part of the published width, and fewer layers."""
+    standard = STANDARD[SD1]
+    assert standard.text_encoder is not None
+    return msgspec.structs.replace(
+        standard,
+        unet=_narrower(standard.unet, unet),
+        vae=_narrower(standard.vae, vae),
+        text_encoder={**standard.text_encoder, "num_hidden_layers": text_layers},
+    )
+
+
+def _narrower(config: dict[str, Any], factor: float) -> dict[str, Any]:
+    return {
+        **config,
+        "block_out_channels": [round(count * factor) for count in config["block_out_channels"]],
+    }
+
+
 def write_checkpoint(
     path: Path, family: str, device: torch.device, *, configs: Configs | None, seed: int
 ) -> None:

@@ -4,6 +4,7 @@ the engine is a fake one: `fake_engine.py` does in its process what the params t
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import subprocess
 import tempfile
@@ -405,10 +406,8 @@ async def test_models_are_fetched_once_and_the_oldest_make_room(bus: Bus, pool: 
             assert (await bus.end_of(job_id)).status == "succeed"
 
     def kept() -> list[int]:
-        ids = [checkpoint.checkpoint_id for checkpoint in checkpoints]
-        return sorted(
-            ids.index(p.parent.name) for p in pool.cache.glob("[!.]*/*") if p.parent.name in ids
-        )
+        contents = [path.read_text() for path in pool.cache.glob("*.safetensors")]
+        return [n for n in range(4) if f"weights {n:2}" in contents]
 
     await use(0, 0, 0)
     await use(1)
@@ -418,9 +417,30 @@ async def test_models_are_fetched_once_and_the_oldest_make_room(bus: Bus, pool: 
     await use(3)
     assert kept() == [2, 3]
     logs = "".join(file.read_text() for file in bus.folder.glob("worker-*.log"))
-    assert logs.count(f'"checkpoint_id":"{checkpoints[0].checkpoint_id}","bytes"') == 2, (
-        "fetched once, evicted once"
-    )
+    zero = [line for line in logs.splitlines() if checkpoints[0].checkpoint_id in line]
+    assert [json.loads(line)["event"] for line in zero if "sha256" in line] == ["model_fetched"]
+
+
+@pytest.mark.parametrize("jobs_in_hand", [1, 8])
+async def test_the_model_of_the_next_job_is_fetched_while_one_runs(
+    bus: Bus, pool: Pool, jobs_in_hand: int
+) -> None:
+    await pool.start(jobs_in_hand=jobs_in_hand)
+    first = await pool.begin({"seconds": 20, "steps": 200})
+    await until(lambda: pool.steps_of(first), seconds=10)
+    content = f"weights for {first}"
+    checkpoint = await bus.make_checkpoint(content.encode())
+    second = await bus.run_job(pool.endpoint, b"{}", checkpoint)
+
+    async def is_there() -> bool:
+        return any(path.read_text() == content for path in pool.cache.glob("*.safetensors"))
+
+    await until(is_there, seconds=10)
+    assert not bus.of(first, inference.JobSucceeded)
+    assert not bus.of(second, inference.JobTaken), "it waits for its turn"
+    await bus.send(inference.CancelJob(job_id=first, username="alice"))
+    done = await bus.end_of(second, seconds=10)
+    assert (done.status, done.attempt) == ("succeed", 1)
 
 
 async def test_a_worker_ends_with_its_endpoint(bus: Bus, pool: Pool) -> None:

@@ -1,5 +1,6 @@
 """The jobs that a worker has in hand: one when it has waited for it, more as long as no other
-worker waits. The engine runs those together that fit; meanwhile the files of others are fetched.
+worker waits. The engine runs those together that fit; meanwhile the files of others are fetched,
+if only those of the next one: a worker holds one job more than it runs.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ GRACE = 5.0
 """Seconds that begun jobs have to finish when the worker is told to stop."""
 TOP_UP_EVERY = 0.1
 LOOK_FOR_IDLE_EVERY = 1.0
+NEXT = 1
+"""Jobs in hand beyond those that may run: their files are there when their turn comes."""
 ONE_NOW = b'{"batch":1,"no_wait":true}'
 REMEMBERED = 64
 
@@ -98,7 +101,7 @@ class Hand:
             del causes[next(iter(causes))]
 
     def _has_room(self) -> bool:
-        return not self._stopping and len(self._held) < self._tools.settings.jobs_in_hand
+        return not self._stopping and len(self._held) < self._tools.settings.jobs_in_hand + NEXT
 
     async def _fetch_now(self) -> Msg | None:
         """A job that waits although nobody else is there to take it; None if there is none."""

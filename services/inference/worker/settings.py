@@ -15,7 +15,9 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     torch.compile. `jobs`: how many it runs side by side. `rows`: at most so many
     rows (a picture under one of its prompts each) are one batch. `precision`: auto is half on a GPU
     and full on a CPU. `preview_seconds`: between two previews of a job, 0 for none. `format`: of
-    pictures, unless a job says otherwise."""
+    pictures, unless a job says otherwise. `ram_bytes`, `gpu_bytes`: what loaded models may take of
+    the RAM and of the GPU's memory; 0 is half of what there is, of the container if that has
+    less."""
 
     jobs: int = 8
     rows: int = 64
@@ -24,14 +26,16 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     format: Literal["png", "jpg", "webp"] = "png"
     compile: str = ""
     compile_mode: CompileMode = "default"
+    ram_bytes: int = 0
+    gpu_bytes: int = 0
 
 
 class Settings(BusSettings, frozen=True, kw_only=True):
     """`device`: cpu, cuda or cuda:1. `cache`: the folder for models, shared by the workers of a
     machine and kept under `cache_bytes`. `job_seconds`: what takes longer is stopped. `engine`:
-    `module:Class`. `jobs_in_hand`: so many jobs are taken from the queue at once, as long as no
-    other worker waits for one: the engine runs those together that fit. The others are
-    `EngineOptions`."""
+    `module:Class`. `jobs_in_hand`: so many jobs are taken from the queue at once, and the one that
+    comes next, as long as no other worker waits for one: the engine runs those together that fit.
+    The others are `EngineOptions`."""
 
     endpoint_id: str
     instance_id: str
@@ -48,6 +52,8 @@ class Settings(BusSettings, frozen=True, kw_only=True):
     samples_format: Literal["png", "jpg", "webp"] = "png"
     compile: str = ""
     compile_mode: CompileMode = "default"
+    ram_bytes: int = 0
+    gpu_bytes: int = 0
 
     @property
     def engine_options(self) -> EngineOptions:
@@ -59,4 +65,6 @@ class Settings(BusSettings, frozen=True, kw_only=True):
             format=self.samples_format,
             compile=self.compile,
             compile_mode=self.compile_mode,
+            ram_bytes=self.ram_bytes,
+            gpu_bytes=self.gpu_bytes,
         )

@@ -111,7 +111,7 @@ class CuttingPlan:
         paths = [file.path for file in self.session_files]
         key = ("rembg", self.session_name, *map(identity_of, paths))
         size = sum(path.stat().st_size for path in paths) * TIMES_ITS_FILE
-        return self.library.shelf.get(key, size, lambda: self._open(paths))
+        return self.library.in_memory.get(key, size, lambda: self._open(paths))
 
     def _open(self, paths: list[Path]) -> Any:
         from rembg.sessions import sessions  # compiles for a minute on its very first import
@@ -176,16 +176,19 @@ class CuttingPlan:
         import onnxruntime
         from rembg import matting
 
-        variant = model.stem.removeprefix("vitmatte-")
-        if variant not in matting._sessions:
+        def load() -> Any:
             try:
-                matting._sessions[variant] = onnxruntime.InferenceSession(
+                return onnxruntime.InferenceSession(
                     str(model.path), _options(), providers=["CPUExecutionProvider"]
                 )
             except Exception as error:
                 raise JobFailure(
                     f"broken checkpoint: {model.name} is no ONNX model: {_line(error)}"
                 ) from error
+
+        size = model.path.stat().st_size * TIMES_ITS_FILE
+        session = self.library.in_memory.get(("vitmatte", identity_of(model.path)), size, load)
+        matting._sessions[model.stem.removeprefix("vitmatte-")] = session
 
 
 def _options() -> Any:

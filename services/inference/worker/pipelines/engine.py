@@ -65,7 +65,7 @@ class _Beside:
 
 class _Job:
     """One job in hand. `look`: makes its plan, if that is still to be done. `asked`: what it waits
-    for."""
+    for. `was_put_back`: memory was short once."""
 
     def __init__(self, job_id: str, look: Callable[[], Plan], alone: bool) -> None:
         self.job_id = job_id
@@ -73,6 +73,7 @@ class _Job:
         self.plan: Plan | None = None
         self.alone = alone
         self.may_go = False
+        self.was_put_back = False
         self.work: Work | None = None
         self.asked: list[Rows] | _Beside | None = None
         self.last_preview = 0.0
@@ -99,8 +100,8 @@ class Engine:
         place = _place(device, options.precision)
         self._listener = listener
         self._options = options
-        self.library = Library(place, cache)
         self.memory = Memory(place.device)
+        self.library = Library(place, cache, self.memory, options)
         self.evaluator = Evaluator(self.memory, options.rows, _compiled(options, place))
         self._studio = Studio(self.library, Mixes(), Format(options.format))
         self._waiting: list[_Job] = []
@@ -171,6 +172,8 @@ class Engine:
                 asking.append(job)
         if asking:
             self._evaluate(asking)
+        if not self._running and not self._waiting:
+            self.memory.trim()
 
     def run(self, job: RunJob, params: bytes, files: Mapping[str, Path]) -> Result:
         """One job from beginning to end, with nothing beside it. Raises JobFailure."""
@@ -294,7 +297,9 @@ class Engine:
             self._listener.done(job.job_id, end.value)
             return
         except Exception as error:
-            self._fail(job, self._recover(error))
+            reason = self._recover(error)
+            if not (is_out_of_memory(error) and self._put_back(job)):
+                self._fail(job, reason)
             return
         if isinstance(asked, Aside):
             assert self._aside is not None
@@ -322,6 +327,17 @@ class Engine:
             raise error
         log.error("job_stumbled", exc_info=error)
         return f"its params or models made the engine stumble: {type(error).__name__}"
+
+    def _put_back(self, job: _Job) -> bool:
+        """To the head of the line, for one more try with nothing beside it. False if it had that
+        already."""
+        if job.was_put_back:
+            return False
+        self._end(job)
+        job.was_put_back = job.alone = True
+        self._waiting.insert(0, job)
+        log.warning("job_put_back", job_id=job.job_id)
+        return True
 
     def _fail(self, job: _Job, reason: str) -> None:
         self._end(job)

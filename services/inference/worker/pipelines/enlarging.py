@@ -97,10 +97,11 @@ class Upscaler(msgspec.Struct, frozen=True, eq=False):
             )
 
     def _model(self, file: ModelFile) -> Any:
-        return self.library.shelf.get(
+        return self.library.on_device.get(
             ("upscaler", file.identity()),
             file.size,
             lambda: load_upscaler(file, self.library.place.device),
+            lambda upscaler: upscaler.model.parameters(),
         )
 
 

@@ -11,16 +11,21 @@ from typing import Any
 
 import msgspec
 import torch
+from torch import Tensor, nn
 
+from services.inference.worker.hashes import Hashes
 from services.inference.worker.pipelines import JobFailure
+from services.inference.worker.pipelines.memory import Memory, total_ram
 from services.inference.worker.pipelines.models import components
 from services.inference.worker.pipelines.models.checkpoints import Checkpoint, size_of_file
 from services.inference.worker.pipelines.models.components import Place
 from services.inference.worker.pipelines.models.embeddings import Embedding
-from services.inference.worker.pipelines.models.files import Hashes, ModelFile, identity_of
+from services.inference.worker.pipelines.models.files import ModelFile, identity_of
 from services.inference.worker.pipelines.models.networks import NetworkFile
-from services.inference.worker.pipelines.models.shelf import Shelf, memory_of
+from services.inference.worker.pipelines.models.parts import Parts
+from services.inference.worker.pipelines.models.shelf import Shelf
 from services.inference.worker.pipelines.prompts.encoding import Encodings
+from services.inference.worker.settings import EngineOptions
 from shared.contracts.inference import RunJob
 
 _LIBRARIES = ("torch", "diffusers", "transformers", "safetensors", "numpy", "pillow")
@@ -28,14 +33,19 @@ _WEBUI_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".onnx")
 
 
 class Library:
-    """What is loaded takes up to half of the device's memory: the rest is for the pictures."""
+    """`on_device`: what computes, with its weights. `in_memory`: networks and embeddings, which are
+    read from there when they are put on, and what onnxruntime runs. Without a GPU they are one."""
 
-    def __init__(self, place: Place, cache: Path) -> None:
+    def __init__(self, place: Place, cache: Path, memory: Memory, options: EngineOptions) -> None:
         """`cache`: a folder for what is costly to find out again."""
         self.place = place
         self.hashes = Hashes(cache)
         self.encodings = Encodings()
-        self.shelf = Shelf(memory_of(place.device) // 2, self._release)
+        self.in_memory = Shelf(options.ram_bytes or total_ram() // 2, memory.release)
+        self.on_device = self.in_memory
+        if place.device.type == "cuda":
+            self.on_device = Shelf(options.gpu_bytes or memory.total() // 2, memory.release)
+        self._parts = Parts()
         self._headers: dict[tuple[object, ...], ModelFile] = {}
 
     def open(self, path: Path, name: str) -> ModelFile:
@@ -48,9 +58,11 @@ class Library:
         return self._headers[key]
 
     def checkpoint(self, file: ModelFile) -> Checkpoint:
-        size = size_of_file(file, self.place)
-        return self.shelf.get(
-            ("checkpoint", file.identity()), size, lambda: Checkpoint(file, self.place)
+        return self.on_device.get(
+            ("checkpoint", file.identity()),
+            size_of_file(file, self.place),
+            lambda: Checkpoint(file, self.place, self._parts),
+            Checkpoint.tensors,
         )
 
     def vae(self, file: ModelFile, config: Mapping[str, Any]) -> Any:
@@ -58,34 +70,42 @@ class Library:
 
         def load() -> Any:
             with file.reading(self.place.device) as tensors:
-                return components.load_vae(file, tensors, config, self.place)
+                vae = components.load_vae(file, tensors, config, self.place)
+            return self._parts.share(vae)
 
         size = size_of_file(file, self.place)
-        return self.shelf.get(("vae", file.identity()), size, load)
+        return self.on_device.get(("vae", file.identity()), size, load, self._tensors_of)
 
     def controlnet(self, file: ModelFile) -> Any:
-        size = size_of_file(file, self.place)
-        return self.shelf.get(
+        return self.on_device.get(
             ("controlnet", file.identity()),
-            size,
+            size_of_file(file, self.place),
             lambda: components.load_controlnet(file, self.place),
+            self._tensors_of,
         )
 
     def network(self, file: ModelFile) -> NetworkFile:
-        return self.shelf.get(("network", file.identity()), file.size, lambda: NetworkFile(file))
+        return self.in_memory.get(
+            ("network", file.identity()),
+            file.size,
+            lambda: NetworkFile(file),
+            NetworkFile.tensors,
+        )
 
     def embedding(self, file: ModelFile) -> Embedding:
-        return self.shelf.get(("embedding", file.identity()), file.size, lambda: Embedding(file))
+        return self.in_memory.get(
+            ("embedding", file.identity()), file.size, lambda: Embedding(file), Embedding.tensors
+        )
 
     def forget(self) -> None:
         """Gives all memory back, after the device had not enough of it."""
         self.encodings.clear()
-        self.shelf.clear()
-        self._release()
+        self.on_device.clear()
+        if self.in_memory is not self.on_device:
+            self.in_memory.clear()
 
-    def _release(self) -> None:
-        if self.place.device.type == "cuda":
-            torch.cuda.empty_cache()
+    def _tensors_of(self, model: nn.Module) -> list[Tensor]:
+        return self._parts.tensors([model])
 
 
 class Shelved(msgspec.Struct, frozen=True):

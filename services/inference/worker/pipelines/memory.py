@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -12,6 +14,7 @@ import torch
 
 T = TypeVar("T")
 
+_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)
 _STATUS, _REFERENCES = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -53,11 +56,33 @@ class Memory:
             return int((free + reserved - torch.cuda.memory_allocated(self._device)) * 0.9)
         return int(_available() * 0.9)
 
+    def total(self) -> int:
+        """Of the device, in bytes."""
+        if self._on_gpu:
+            return int(torch.cuda.get_device_properties(self._device).total_memory)
+        return total_ram()
+
     def release(self) -> None:
         """Gives back what the libraries keep for later."""
         gc.collect()
         if self._on_gpu:
             torch.cuda.empty_cache()
+        self.trim()
+
+    def trim(self) -> None:
+        """Gives back what glibc keeps of the RAM. Tensors of many sizes leave holes in its heap,
+        and without this they only ever become more."""
+        if _TRIM is not None:
+            _TRIM(0)
+
+
+def total_ram() -> int:
+    """Bytes of the machine, or of the container if that has less."""
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return min(whole, int(_cgroup("max").read_text()))
+    except (OSError, ValueError):  # none, or "max"
+        return whole
 
 
 def _reset_peak() -> None:
@@ -72,11 +97,15 @@ def _of_process(field: str) -> int:
 def _available() -> int:
     """Of the machine, or of the container if that has less."""
     free = _field(Path("/proc/meminfo"), "MemAvailable")
-    limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
     try:
-        return min(free, int(limit.read_text()) - int(used.read_text()))
+        limit, used = (int(_cgroup(name).read_text()) for name in ("max", "current"))
+        return min(free, limit - used)
     except (OSError, ValueError):  # none, or "max"
         return free
+
+
+def _cgroup(name: str) -> Path:
+    return Path(f"/sys/fs/cgroup/memory.{name}")
 
 
 def _field(file: Path, name: str) -> int:

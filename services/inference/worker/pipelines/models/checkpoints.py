@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from services.inference.worker.pipelines import JobFailure
 from services.inference.worker.pipelines.models import components
@@ -17,6 +17,7 @@ from services.inference.worker.pipelines.models.families import (
 )
 from services.inference.worker.pipelines.models.files import ModelFile
 from services.inference.worker.pipelines.models.networks import Wardrobe
+from services.inference.worker.pipelines.models.parts import Parts
 from services.inference.worker.pipelines.sampling.schedules import NoiseSchedule
 from shared.weights.kinds import SD2, Kind
 
@@ -24,21 +25,27 @@ from shared.weights.kinds import SD2, Kind
 class Checkpoint:
     """One loaded checkpoint. `wardrobe` puts networks (LoRA) on it and takes them off."""
 
-    def __init__(self, file: ModelFile, place: Place) -> None:
-        """Raises JobFailure for a file that is broken or of no family that is known here."""
+    def __init__(self, file: ModelFile, place: Place, parts: Parts | None = None) -> None:
+        """`parts`: of the other checkpoints that are loaded. Raises JobFailure for a file that is
+        broken or of no family that is known here."""
         self.kind: Kind
         self.configs: Configs
         self.kind, self.configs = configs_of(file.header, file.name)
         self.file = file
         self.place = place
+        self._parts = parts or Parts()
         with file.reading(place.device) as tensors:
-            self.unet = components.load_unet(file, tensors, self.configs, place)
+            self.unet = self._parts.share(components.load_unet(file, tensors, self.configs, place))
             self.text_encoders: list[TextEncoder] = components.load_text_encoders(
                 file, tensors, self.configs, self.kind.family, place
             )
+            for encoder in self.text_encoders:
+                self._parts.share(encoder.model)
             self.vae: Any = None
             if components.has_vae(file):
-                self.vae = components.load_vae(file, tensors, self.configs.vae, place)
+                self.vae = self._parts.share(
+                    components.load_vae(file, tensors, self.configs.vae, place)
+                )
         self._check_fit()
         trained = dict(self.configs.scheduler)
         if self.kind.family == SD2 and not tells_prediction(file.header):
@@ -55,6 +62,12 @@ class Checkpoint:
     def name(self) -> str:
         """Of the file, without its suffix."""
         return self.file.stem
+
+    def tensors(self) -> list[Tensor]:
+        """All that it has in memory. Some may be other checkpoints', too."""
+        vae = () if self.vae is None else (self.vae,)
+        models = (self.unet, *vae, *(encoder.model for encoder in self.text_encoders))
+        return self._parts.tensors(models)
 
     def _check_fit(self) -> None:
         width = sum(encoder.width for encoder in self.text_encoders)

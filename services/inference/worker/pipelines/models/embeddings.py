@@ -31,6 +31,9 @@ class Embedding:
             raise JobFailure(f"{file.name} has no 1 to 75 vectors for each text encoder")
         self.count = count
 
+    def tensors(self) -> list[Tensor]:
+        return list(self._vectors.values())
+
     @property
     def word(self) -> str:
         return self.file.stem

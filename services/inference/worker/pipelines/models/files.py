@@ -1,14 +1,15 @@
-"""Model files: the names, shapes and tensors in them, and their SHA-256.
+"""Model files: the names, shapes and tensors in them.
 
-Safetensors are mapped: pages come in as they are used. A pickle (.ckpt, .pt, .pth, .bin) is scanned
-first and then read by a loader that knows tensors and containers and can call nothing else.
+Safetensors are mapped, and read ahead of who uses them. A pickle (.ckpt, .pt, .pth, .bin) is
+scanned first and then read by a loader that knows tensors and containers and can call nothing else.
 """
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import os
-import struct
+import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,9 @@ from services.inference.worker.pipelines import JobFailure
 from shared.weights import BrokenFile, UnsafeFile
 from shared.weights.headers import is_pickle, read_header
 from shared.weights.pickles import LEFT_BY_TRAINING, flatten, read_pickle
+
+AHEAD = 1024**2
+"""Bytes of one request: the kernel cuts larger ones short."""
 
 
 class ModelFile:
@@ -63,6 +67,7 @@ class ModelFile:
         if self.is_pickle:
             yield _load_pickle(self.path, self.name)
             return
+        threading.Thread(target=_read_ahead, args=(self.path,), daemon=True).start()
         try:
             with safe_open(self.path, framework="pt", device=str(device or "cpu")) as file:
                 yield _Lazy(file)
@@ -73,6 +78,16 @@ class ModelFile:
         """All of it, on the CPU."""
         with self.reading() as tensors:
             return {name: tensors[name] for name in self.header.tensors}
+
+
+def _read_ahead(path: Path) -> None:
+    """Has the kernel fetch a file that is to be used now. By faults it would come in small pieces,
+    in the order of a model's layers, and never while one is being converted."""
+    if sys.platform != "linux":
+        return
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        for start in range(0, os.fstat(file.fileno()).st_size, AHEAD):
+            os.posix_fadvise(file.fileno(), start, AHEAD, os.POSIX_FADV_WILLNEED)
 
 
 def identity_of(path: Path) -> tuple[object, ...]:
@@ -143,35 +158,3 @@ class _Inert:
 def _can_be_mapped(path: Path) -> bool:
     with path.open("rb") as file:
         return file.read(2) == b"PK"
-
-
-class Hashes:
-    """SHA-256 of files. Reading gigabytes takes seconds: answers are kept in a folder, by path,
-    size and time."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder / ".sha256"
-
-    def sha256(self, path: Path) -> str:
-        return self._kept(path, "", 0)
-
-    def of_tensors(self, path: Path) -> str:
-        """Of a safetensors file without its header, as training tools note it in LoRA files."""
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-        return self._kept(path, " tensors", 8 + length)
-
-    def _kept(self, path: Path, what: str, start: int) -> str:
-        stat = path.stat()
-        known_by = f"{path.resolve()} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns}{what}"
-        kept = self._folder / hashlib.sha256(known_by.encode()).hexdigest()
-        if kept.exists():
-            return kept.read_text()
-        with path.open("rb") as file:
-            file.seek(start)
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        part = kept.with_suffix(f".{os.getpid()}")
-        part.write_text(digest)
-        part.replace(kept)
-        return digest

@@ -71,9 +71,8 @@ class NetworkFile:
                         " LoRA, LoCon, LoHa, LoKr, IA3 and full differences are"
                     )
 
-    @property
-    def size(self) -> int:
-        return sum(t.numel() * t.element_size() for p in self.modules.values() for t in p.values())
+    def tensors(self) -> list[Tensor]:
+        return [tensor for parts in self.modules.values() for tensor in parts.values()]
 
 
 def _place(key: str) -> tuple[str, str] | None:
