@@ -41,6 +41,10 @@ migrate: setup
 demo *ARGS: up
     @{{ python }} -m deploy.local.demo "$@"
 
+# bring files on this machine into the registry: just import-checkpoint FILE --type Lora
+import-checkpoint *ARGS: setup
+    @{{ python }} -m deploy.local.import_checkpoint "$@"
+
 # every test, against real servers; arguments go to pytest
 test *ARGS: setup
     @{{ python }} -m pytest "$@"

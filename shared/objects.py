@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Set
 from typing import Any
 from urllib.parse import quote
 
@@ -79,13 +79,16 @@ class Objects:
             raise
         return int(head["ContentLength"])
 
-    async def delete_prefix(self, bucket: str, prefix: str) -> int:
-        """Deletes every object under a prefix, which must end with `/`. Returns how many."""
+    async def delete_prefix(self, bucket: str, prefix: str, *, keep: Set[str] = frozenset()) -> int:
+        """Deletes every object under a prefix, which must end with `/`, but those whose keys are
+        in `keep`. Returns how many."""
         assert prefix.endswith("/"), "a prefix without / would reach into its neighbours"
         deleted = 0
         pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
         async for page in pages:
-            keys = [{"Key": item["Key"]} for item in page.get("Contents", [])]
+            keys = [
+                {"Key": item["Key"]} for item in page.get("Contents", []) if item["Key"] not in keep
+            ]
             if keys:
                 await self.client.delete_objects(
                     Bucket=bucket, Delete={"Objects": keys, "Quiet": True}

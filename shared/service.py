@@ -17,12 +17,16 @@ import nats.errors
 import uvicorn
 import uvloop
 from faststream.nats import NatsBroker
+from nats.aio.client import Client
 from nats.js import JetStreamContext
 
 from shared import logs
 from shared.attempts import Attempts
 from shared.bus import Handlers, Receiver, make_broker, pull, wait_for_consumer
-from shared.contracts.subjects import COMMANDS, EVENTS
+from shared.contracts import envelope as cloud
+from shared.contracts.envelope import Message
+from shared.contracts.registry import type_of
+from shared.contracts.subjects import COMMANDS, EVENTS, progress_subject
 from shared.health import Check, health_app
 from shared.outbox import Outbox
 from shared.postgres import connect_pool
@@ -88,6 +92,7 @@ class Service:
         self.pool: asyncpg.Pool[Any]
         self.js: JetStreamContext
         self.work: UnitOfWork
+        self._client: Client
 
     def run(self) -> None:
         logs.configure(self.name, self.settings.log_level)
@@ -121,7 +126,7 @@ class Service:
         self.pool = await connect_pool(self.settings.postgres_url)
         broker = make_broker(self.settings)
         await broker.connect()
-        client = broker.config.connection_state.connection
+        client = self._client = broker.config.connection_state.connection
         self.js = client.jetstream()
         await self._wait_for_schema()
         await wait_for_consumer(self.js, COMMANDS, self.name)
@@ -148,6 +153,16 @@ class Service:
             await asyncio.gather(*tasks, return_exceptions=True)
             await broker.stop()
             await self.pool.close()
+
+    async def tell(self, message: Message, about: str) -> None:
+        """Telemetry: who listens hears it, nobody keeps it."""
+        if not self._client.is_connected:
+            return  # it would be kept, and told when it is of no use any more
+        framed = cloud.wrap(message, type=type_of(message), source=self.name, subject=about)
+        try:
+            await self._client.publish(progress_subject(about), cloud.encode(framed))
+        except nats.errors.Error as error:
+            log.debug("telemetry_lost", error=repr(error))
 
     def _subscribe(self, broker: NatsBroker) -> None:
         attempts = Attempts(self.pool)

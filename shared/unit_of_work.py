@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import asyncpg
 
@@ -17,6 +17,7 @@ from shared.contracts.subjects import aggregate_of, event_subject, run_job_subje
 from shared.outbox import Outbox, OutboxRow, store
 
 Handler = Callable[[Any, "Tx"], Awaitable[None]]
+T = TypeVar("T")
 Clock = Callable[[], datetime]
 
 
@@ -101,6 +102,16 @@ class UnitOfWork:
     async def run(self, work: Callable[[Tx], Awaitable[None]]) -> None:
         """A transaction that no message caused: a timer, a finished download, a dead worker."""
         await self._transact(None, work)
+
+    async def read(self, work: Callable[[Tx], Awaitable[T]]) -> T:
+        """As `run`, with what the work answers."""
+        answers: list[T] = []
+
+        async def keep(tx: Tx) -> None:
+            answers.append(await work(tx))
+
+        await self._transact(None, keep)
+        return answers[0]
 
     async def refuse(self, envelope: Envelope, code: str, message: str) -> None:
         """Answers the caller of a command that can't be handled at all."""

@@ -26,13 +26,14 @@ from deploy.demo_model.shapes import random_scene, render_batch
 from deploy.demo_model.text_encoder import CaptionEncoder, train_text_encoder
 from deploy.demo_model.unet import UNetTraining, train_unet
 from deploy.demo_model.vae import build_vae, load_photos, standardize_latents, train_vae, warm_start
-from services.inference.worker.pipelines.models.families import SD1, TEXT_PREFIXES
+from services.inference.worker.pipelines.models.families import TEXT_PREFIXES
 from services.inference.worker.pipelines.models.layouts import (
     clip_sources,
     to_original,
     unet_sources,
     vae_sources,
 )
+from shared.weights.kinds import SD1
 
 log = logging.getLogger("train")
 HERE = Path(__file__).parent

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
 import httpx
 import msgspec
 
+from deploy.local.installation import read_env_file
+
 PART_BYTES = 16 * 1024 * 1024
 """S3 wants at least 5 MiB for every part but the last."""
+PARTS_AT_ONCE = 3
 
 
 class Failed(Exception):
@@ -47,6 +51,17 @@ class Client:
         answer = client.call("POST", "/auth/token", {"username": username, "password": password})
         client._person = {"Authorization": f"Bearer {answer['access_token']}"}
         return client
+
+    @classmethod
+    def log_in_at(cls, home: Path) -> Self:
+        """As the first user of the installation in a folder, which must be up."""
+        settings = read_env_file(home / "local.env")
+        return cls.log_in(
+            settings["DARKROOM_URL"],
+            settings["DARKROOM_API_KEY"],
+            settings["DARKROOM_ADMIN_USER"],
+            settings["DARKROOM_ADMIN_PASSWORD"],
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -86,9 +101,18 @@ class Client:
         return next((c for c in found if name in c["name"]), None)
 
     def upload_checkpoint(
-        self, type_: str, file: Path, *, name: str | None = None, message: str = ""
+        self,
+        type_: str,
+        file: Path,
+        *,
+        name: str | None = None,
+        message: str = "",
+        allowed: Sequence[str] = (),
+        on_part: Callable[[int], None] = lambda size: None,
     ) -> dict[str, Any]:
-        """Presigned multipart, as any ESD client does it. Returns the active checkpoint."""
+        """Presigned multipart, as any ESD client does it. Returns the active checkpoint. Raises
+        Failed if it is refused. `allowed`: roles or users, everybody if empty. `on_part` is told
+        the bytes of each part that is there."""
         name = name or file.name
         size = file.stat().st_size
         parts = max(1, -(-size // PART_BYTES))
@@ -96,18 +120,36 @@ class Client:
             "checkpoint_type": type_,
             "params": {"message": message},
             "filenames": [{"filename": name, "parts_number": parts}],
+            **({"allowed_roles_or_users": list(allowed)} if allowed else {}),
         }
         created = self.call("POST", "/checkpoints", body)["data"]
-        tags = []
-        with file.open("rb") as stream:
-            for number, url in enumerate(created["s3PresignUrl"][name], 1):
-                answer = self.http.put(url, content=stream.read(PART_BYTES))
-                answer.raise_for_status()
-                tags.append({"ETag": answer.headers["ETag"], "PartNumber": number})
+
+        def put(numbered: tuple[int, str]) -> dict[str, Any]:
+            number, url = numbered
+            with file.open("rb") as stream:
+                stream.seek((number - 1) * PART_BYTES)
+                part = stream.read(PART_BYTES)
+            answer = self.http.put(url, content=part)
+            answer.raise_for_status()
+            on_part(len(part))
+            return {"ETag": answer.headers["ETag"], "PartNumber": number}
+
+        with ThreadPoolExecutor(PARTS_AT_ONCE) as pool:
+            tags = list(pool.map(put, enumerate(created["s3PresignUrl"][name], 1)))
         done = {"status": "Active", "multi_parts_tags": {name: tags}}
         answer_ = self.call("PUT", f"/checkpoints/{created['checkpoint']['id']}", done)
-        checkpoint: dict[str, Any] = answer_["checkpoint"]
-        return checkpoint
+        return self.wait_for_checkpoint(answer_["checkpoint"]["id"])
+
+    def wait_for_checkpoint(self, checkpoint_id: str, *, seconds: float = 3600) -> dict[str, Any]:
+        """Returns it once it is active. Raises Failed if it is refused, or fails."""
+        deadline = time.monotonic() + seconds
+        while True:
+            checkpoint: dict[str, Any] = self.call("GET", f"/checkpoints/{checkpoint_id}")["data"]
+            if checkpoint["status"] == "Active":
+                return checkpoint
+            if checkpoint["error"] or time.monotonic() > deadline:
+                raise Failed(400, checkpoint["error"] or f"still {checkpoint['status']}")
+            time.sleep(0.5)
 
     # Endpoints
 

@@ -64,12 +64,7 @@ def main() -> None:
     settings = read_env_file(home / "local.env")
     stages = Stages()
     with stages.stage("Logging in"):
-        client = Client.log_in(
-            settings["DARKROOM_URL"],
-            settings["DARKROOM_API_KEY"],
-            settings["DARKROOM_ADMIN_USER"],
-            settings["DARKROOM_ADMIN_PASSWORD"],
-        )
+        client = Client.log_in_at(home)
     with client:
         _deploy(client, stages)
         _upload(client, stages, "Stable-diffusion", CHECKPOINT)

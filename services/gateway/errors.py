@@ -41,6 +41,8 @@ STATUS: dict[str, int] = {
     "models.part_mismatch": 400,
     "models.not_renamable": 400,
     "models.not_complete": 400,
+    "models.not_retriable": 400,
+    "models.refused": 400,
     "models.invalid": 400,
     "endpoints.name_taken": 400,
     "endpoints.not_found": 404,

@@ -22,15 +22,15 @@ from nats.js.api import ConsumerConfig, DeliverPolicy
 from nats.js.errors import NotFoundError
 
 from services.gateway.auth import Person
-from services.gateway.projections import Event, Projector, read
+from services.gateway.projections import Event, Projector, is_settled, read
 from shared.contracts import envelope as cloud
 from shared.contracts.endpoints import Endpoint
 from shared.contracts.envelope import Envelope, State
 from shared.contracts.identity import Credential, Role, Token, User
 from shared.contracts.inference import FINISHED, Job, JobPreview, JobProgress
-from shared.contracts.models import Checkpoint
+from shared.contracts.models import Checkpoint, CheckpointProgress
 from shared.contracts.registry import payload
-from shared.contracts.subjects import EVENTS, job_events_subject
+from shared.contracts.subjects import EVENTS, aggregate_of, job_events_subject
 from shared.logs import get_logger
 
 log = get_logger(__name__)
@@ -135,8 +135,8 @@ class Hub:
         self._projector = projector
         self._js = js
         self._listeners: set[Listener] = set()
-        self._running: dict[str, Job] = {}
-        """Jobs whose telemetry may come: it does not say itself whose it is."""
+        self._running: dict[str, State] = {}
+        """Jobs and checkpoints whose telemetry may come: it does not say itself whose it is."""
         self._told = 0
         projector.listeners.append(self._on_events)
 
@@ -150,11 +150,12 @@ class Hub:
             if event.seq <= self._told:
                 continue  # applied once more
             self._told = event.seq
-            if isinstance(job := event.message, Job):
-                if job.deleted or job.status in FINISHED:
-                    self._running.pop(job.job_id, None)
+            if isinstance(state := event.message, Job | Checkpoint):
+                _, id_ = aggregate_of(state)
+                if is_settled(state):
+                    self._running.pop(id_, None)
                 else:
-                    self._running[job.job_id] = job
+                    self._running[id_] = state
             if not self._listeners or event.state is None:
                 continue
             frame = frame_of(event)
@@ -174,14 +175,18 @@ class Hub:
             telemetry = payload(cloud.decode(message.data))
         except (msgspec.MsgspecError, KeyError):
             return
-        if not isinstance(telemetry, JobProgress | JobPreview):
+        if isinstance(telemetry, CheckpointProgress):
+            about = telemetry.checkpoint_id
+        elif isinstance(telemetry, JobProgress | JobPreview):
+            about = telemetry.job_id
+        else:
             return
         preview = isinstance(telemetry, JobPreview)
         name = b"preview" if preview else b"progress"
         frame = Frame(0, b"event: %s\ndata: %s\n\n" % (name, msgspec.json.encode(telemetry)))
         for listener in list(self._listeners):
-            wanted = listener.job_id == telemetry.job_id or (
-                listener.job_id is None and listener.wants(self._running.get(telemetry.job_id))
+            wanted = listener.job_id == about or (
+                listener.job_id is None and listener.wants(self._running.get(about))
             )
             if not wanted or (preview and listener.queue.qsize() >= PREVIEWS_UNTIL):
                 continue

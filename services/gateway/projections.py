@@ -24,7 +24,7 @@ from shared.contracts.endpoints import Endpoint
 from shared.contracts.envelope import Envelope, Message, Rejected, State
 from shared.contracts.identity import Credential, Role, Token, User
 from shared.contracts.inference import FINISHED, Job
-from shared.contracts.models import Checkpoint
+from shared.contracts.models import CREATING, Checkpoint
 from shared.contracts.registry import TYPES, payload
 from shared.contracts.subjects import EVENTS, aggregate_of
 from shared.logs import get_logger
@@ -125,8 +125,8 @@ class Projector:
         self._goal: int | None = None
         self._awaited: set[str] = set()
         self._moved = asyncio.Event()
-        self._waiting: dict[str, list[asyncio.Future[Job]]] = defaultdict(list)
-        self.listeners.append(self._wake_job_waiters)
+        self._waiting: dict[tuple[str, str], list[asyncio.Future[State]]] = defaultdict(list)
+        self.listeners.append(self._wake_waiters)
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -337,34 +337,44 @@ class Projector:
             seq,
         )
 
-    def _wake_job_waiters(self, events: list[Event]) -> None:
+    def _wake_waiters(self, events: list[Event]) -> None:
         for event in events:
-            job = event.message
-            if isinstance(job, Job) and (job.deleted or job.status in FINISHED):
-                for future in self._waiting.pop(job.job_id, []):
+            if event.state and is_settled(event.state):
+                for future in self._waiting.pop(aggregate_of(event.state), []):
                     if not future.done():
-                        future.set_result(job)
+                        future.set_result(event.state)
 
-    def expect_job(self, job_id: str) -> asyncio.Future[Job]:
-        """Done when the job has ended. Ask for it before looking at the table."""
-        future: asyncio.Future[Job] = asyncio.get_running_loop().create_future()
-        self._waiting[job_id].append(future)
-        future.add_done_callback(lambda _: self._forget_waiter(job_id, future))
+    def expect(self, kind: str, id_: str) -> asyncio.Future[State]:
+        """Done when the job or checkpoint is settled. Ask for it before looking at the table."""
+        future: asyncio.Future[State] = asyncio.get_running_loop().create_future()
+        self._waiting[kind, id_].append(future)
+        future.add_done_callback(lambda _: self._forget_waiter((kind, id_), future))
         return future
 
-    def _forget_waiter(self, job_id: str, future: asyncio.Future[Job]) -> None:
-        waiting = self._waiting.get(job_id, [])
+    def _forget_waiter(self, about: tuple[str, str], future: asyncio.Future[State]) -> None:
+        waiting = self._waiting.get(about, [])
         if future in waiting:
             waiting.remove(future)
         if not waiting:
-            self._waiting.pop(job_id, None)
+            self._waiting.pop(about, None)
 
-    async def wait_for(self, ended: asyncio.Future[Job], seconds: float) -> Job | None:
-        """The finished job, or None if it takes longer."""
+    async def wait_for(self, settled: asyncio.Future[State], seconds: float) -> State | None:
+        """The settled state, or None if it takes longer."""
         try:
-            return await asyncio.wait_for(ended, seconds)
+            return await asyncio.wait_for(settled, seconds)
         except TimeoutError:
             return None
+
+
+def is_settled(state: State) -> bool:
+    """Whether what somebody may wait for has come: the end of a job, the verdict on a checkpoint's
+    files."""
+    match state:
+        case Job():
+            return state.deleted or state.status in FINISHED
+        case Checkpoint():
+            return state.deleted or state.status != CREATING
+    return False
 
 
 class Outcome(msgspec.Struct, frozen=True):

@@ -193,9 +193,9 @@ class PartTagBody(Struct, frozen=True, kw_only=True):
 
 class UpdateCheckpointBody(Struct, frozen=True, kw_only=True):
     """One of: `status: Active` with the ETags of the upload; a `status` alone to switch a complete
-    checkpoint on or off; a new `name`."""
+    checkpoint on or off; `status: Creating` to download a failed one again; a new `name`."""
 
-    status: Literal["Active", "Disabled"] | None = None
+    status: Literal["Active", "Disabled", "Creating"] | None = None
     multi_parts_tags: dict[str, list[PartTagBody]] | None = None
     name: FileName | None = None
 
@@ -243,7 +243,10 @@ class UpdatedCheckpoint(Struct, frozen=True, kw_only=True):
 
 
 class CheckpointItem(Struct, frozen=True, kw_only=True):
-    """As GET /checkpoints lists it. `created` in seconds since 1970."""
+    """As GET shows it. `created` in seconds since 1970. `params.files`: what was found out about
+    each file, by its name: size, sha256, short_hash, format, type, title, family, precision,
+    parameters, rank, vectors, widths, as far as it has them. `error`: why it was refused or has
+    failed."""
 
     id: str
     s3Location: str

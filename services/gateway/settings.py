@@ -14,6 +14,8 @@ class Settings(ServiceSettings, frozen=True, kw_only=True):
     """Seconds to wait for the answer to a command before 504; the command still completes."""
     realtime_timeout: float = 60.0
     """Seconds that the start of a Real-time job waits for its end before it answers 202."""
+    upload_check_timeout: float = 20.0
+    """Seconds that the PUT which completes an upload waits until its files are looked at."""
     presign_seconds: int = 3600
     upload_presign_seconds: int = 12 * 3600
     max_body_bytes: int = 1024 * 1024

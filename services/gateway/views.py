@@ -13,7 +13,7 @@ from services.gateway.auth import EVERYONE, Person
 from shared.contracts.endpoints import Endpoint
 from shared.contracts.identity import Role, Token, User
 from shared.contracts.inference import Job, UsedModel
-from shared.contracts.models import Checkpoint
+from shared.contracts.models import Checkpoint, CheckpointFile
 from shared.objects import Objects
 
 _checkpoint = msgspec.json.Decoder(Checkpoint)
@@ -220,6 +220,18 @@ def _checkpoint_params(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
+def _file_facts(file: CheckpointFile) -> dict[str, Any]:
+    """All that was found out. `short_hash`: as the webui writes it."""
+    if not file.sha256:
+        return {}
+    return {
+        "size": file.size,
+        "sha256": file.sha256,
+        "short_hash": file.sha256[:10],
+        **(msgspec.to_builtins(file.kind) if file.kind else {}),
+    }
+
+
 def checkpoint_view(checkpoint: Checkpoint) -> schemas.CheckpointView:
     uploads = {
         name: schemas.UploadView(upload_id=u.upload_id, bucket=u.bucket, key=u.key)
@@ -243,7 +255,10 @@ def checkpoint_item(checkpoint: Checkpoint) -> schemas.CheckpointItem:
         name=checkpoint.names,
         created=checkpoint.created_at.timestamp(),
         allowed_roles_or_users=checkpoint.allowed_roles_or_users,
-        params=_checkpoint_params(checkpoint),
+        params={
+            **_checkpoint_params(checkpoint),
+            "files": {file.filename: _file_facts(file) for file in checkpoint.files},
+        },
         error=checkpoint.error,
     )
 

@@ -149,7 +149,8 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
             files = self.files  # renamed since the job was created
         if not files:
             return None
-        return replace(model, bucket=self.bucket, key=files[0].key, size=files[0].size)
+        file = files[0]
+        return replace(model, bucket=self.bucket, key=file.key, size=file.size, sha256=file.sha256)
 
 
 def locate_models(

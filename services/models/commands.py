@@ -8,7 +8,6 @@ from datetime import timedelta
 from msgspec.structs import replace
 
 from services.models.domain import (
-    CREATING,
     INITIAL,
     Checkpoint,
     check_id,
@@ -19,9 +18,10 @@ from services.models.domain import (
     likely_names,
 )
 from services.models.store.checkpoints import CheckpointStore
+from services.models.store.contents import ContentStore
 from services.models.store.files import FileStore
 from shared.contracts import models
-from shared.contracts.models import CheckpointFile
+from shared.contracts.models import CREATING, CheckpointFile
 from shared.errors import Rejected, Retry
 from shared.logs import get_logger
 from shared.unit_of_work import Tx
@@ -86,7 +86,9 @@ async def _create_for_upload(
     tx.emit(models.CheckpointCreated.of(begun))
 
 
-async def complete_checkpoint(cmd: models.CompleteCheckpoint, tx: Tx, *, files: FileStore) -> None:
+async def complete_checkpoint(
+    cmd: models.CompleteCheckpoint, tx: Tx, *, files: FileStore, wake: Wake
+) -> None:
     """Looks at the parts of every file before it puts the first one together."""
     store = CheckpointStore(tx.conn)
     checkpoint = await store.get(cmd.checkpoint_id)
@@ -95,16 +97,18 @@ async def complete_checkpoint(cmd: models.CompleteCheckpoint, tx: Tx, *, files: 
     for filename, upload in checkpoint.multipart_upload.items():
         parts = await files.list_parts(upload)
         if parts is not None:
-            check_parts(filename, upload.parts_number, cmd.multi_parts_tags[filename], parts)
-            ready.append((filename, upload, cmd.multi_parts_tags[filename]))
+            given = cmd.multi_parts_tags[filename]
+            tags = check_parts(filename, upload.parts_number, given, parts)
+            ready.append((filename, upload, tags))
         elif await files.size(upload.key) is None:
             raise Rejected("models.part_mismatch", filename=filename, detail="its upload is gone")
         # else: a delivery that died before its commit has checked the parts and completed them
     for filename, upload, tags in ready:
         await files.complete(filename, upload, tags)
-    active = checkpoint.activate([await _measure(file, files) for file in checkpoint.files])
-    await store.save(active)
-    tx.emit(models.CheckpointActivated.of(active))
+    uploaded = checkpoint.complete([await _measure(file, files) for file in checkpoint.files])
+    await store.save(uploaded)
+    tx.emit(models.CheckpointUploaded.of(uploaded))
+    tx.after_commit.append(wake)
 
 
 async def _measure(file: CheckpointFile, files: FileStore) -> CheckpointFile:
@@ -136,6 +140,18 @@ async def set_checkpoint_status(cmd: models.SetCheckpointStatus, tx: Tx) -> None
     tx.emit(models.CheckpointChanged.of(switched))
 
 
+async def retry_checkpoint(cmd: models.RetryCheckpoint, tx: Tx, *, wake: Wake) -> None:
+    store = CheckpointStore(tx.conn)
+    checkpoint = await store.get(cmd.checkpoint_id)
+    retried = checkpoint.retry()
+    await store.check_names_free(checkpoint.type, retried.names, checkpoint.checkpoint_id)
+    if not await store.begin_again(checkpoint.checkpoint_id):
+        raise Retry(f"what is left of {checkpoint.checkpoint_id} is still being removed")
+    await store.save(retried)
+    tx.emit(models.CheckpointRetried.of(retried))
+    tx.after_commit.append(wake)
+
+
 async def delete_checkpoints(cmd: models.DeleteCheckpoints, tx: Tx, *, wake: Wake) -> None:
     """All that exist; their bytes go after the commit, by the upkeep."""
     store = CheckpointStore(tx.conn)
@@ -151,28 +167,63 @@ async def resync(_: models.ResyncModels, tx: Tx) -> None:
         tx.emit(models.CheckpointSynced.of(checkpoint))
 
 
-async def finish_download(
-    checkpoint_id: str, holder: str, downloaded: list[CheckpointFile], tx: Tx
+async def accept(
+    checkpoint_id: str, holder: str, files: list[CheckpointFile], replaced: Sequence[str], tx: Tx
 ) -> None:
-    """Does nothing if the checkpoint was deleted meanwhile or another process has taken over."""
-    store = CheckpointStore(tx.conn)
-    if not await store.holds_lease(holder, checkpoint_id):
-        return
-    active = (await store.get(checkpoint_id)).activate(downloaded)
-    await store.save(active)
-    await store.end_lease(holder, checkpoint_id)
-    tx.emit(models.CheckpointActivated.of(active))
+    """Its files are here and were looked at. `replaced`: keys of files that others stand for now.
+    Like its siblings it does nothing if the checkpoint was deleted meanwhile or another process has
+    taken over."""
+    checkpoint = await _held(checkpoint_id, holder, tx)
+    if checkpoint:
+        active = checkpoint.activate(await _place(files, replaced, tx))
+        await _end_intake(active, holder, tx)
+        tx.emit(models.CheckpointActivated.of(active))
 
 
-async def fail_download(checkpoint_id: str, holder: str, reason: str, tx: Tx) -> None:
+async def refuse(
+    checkpoint_id: str, holder: str, files: list[CheckpointFile], reason: str, tx: Tx
+) -> None:
+    """One of its files would do harm."""
+    checkpoint = await _held(checkpoint_id, holder, tx)
+    if checkpoint:
+        refused = checkpoint.refuse(await _place(files, [], tx), reason)
+        await _end_intake(refused, holder, tx)
+        tx.emit(models.CheckpointRefused.of(refused))
+
+
+async def fail(checkpoint_id: str, holder: str, reason: str, tx: Tx) -> None:
+    """One of its files can't be had, or is not what was declared."""
+    checkpoint = await _held(checkpoint_id, holder, tx)
+    if checkpoint:
+        failed = checkpoint.fail(reason)
+        await CheckpointStore(tx.conn).release_names(checkpoint_id)
+        await _end_intake(failed, holder, tx)
+        tx.emit(models.CheckpointFailed.of(failed))
+
+
+async def _held(checkpoint_id: str, holder: str, tx: Tx) -> Checkpoint | None:
     store = CheckpointStore(tx.conn)
     if not await store.holds_lease(holder, checkpoint_id):
-        return
-    failed = (await store.get(checkpoint_id)).fail(reason)
-    await store.release_names(checkpoint_id)
-    await store.save(failed)
-    await store.end_lease(holder, checkpoint_id)
-    tx.emit(models.CheckpointFailed.of(failed))
+        return None
+    return await store.get(checkpoint_id)
+
+
+async def _end_intake(checkpoint: Checkpoint, holder: str, tx: Tx) -> None:
+    store = CheckpointStore(tx.conn)
+    await store.save(checkpoint)
+    await store.end_lease(holder, checkpoint.checkpoint_id)
+
+
+async def _place(
+    files: Sequence[CheckpointFile], replaced: Sequence[str], tx: Tx
+) -> list[CheckpointFile]:
+    """Each file with the key under which its content lies; a second object with the same content
+    is not needed."""
+    contents = ContentStore(tx.conn)
+    placed = [replace(file, key=await contents.claim(file)) for file in files]
+    needed = {file.key for file in placed}
+    await contents.doom(*{file.key for file in files} - needed, *replaced)
+    return placed
 
 
 async def expire_uploads(hours: float, tx: Tx) -> None:

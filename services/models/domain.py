@@ -11,8 +11,15 @@ from urllib.parse import unquote, urlsplit
 import msgspec
 from msgspec.structs import replace
 
-from shared.contracts.models import CheckpointFile, MultipartUpload, PartTag, UploadFile
+from shared.contracts.models import (
+    CREATING,
+    CheckpointFile,
+    MultipartUpload,
+    PartTag,
+    UploadFile,
+)
 from shared.errors import Rejected
+from shared.weights.kinds import Kind
 
 CHECKPOINT_TYPES = (
     "Stable-diffusion",
@@ -25,12 +32,20 @@ CHECKPOINT_TYPES = (
     "Upscaler",
 )
 
-INITIAL, CREATING, ACTIVE, DISABLED, FAILED = "Initial", "Creating", "Active", "Disabled", "Failed"
+INITIAL, ACTIVE, DISABLED, FAILED = "Initial", "Active", "Disabled", "Failed"
 
 MAX_NAME_BYTES = 255
 MAX_PARTS = 10_000
 MIN_PART_BYTES = 5 * 1024**2
 """S3 puts no file together whose parts, other than the last, are smaller."""
+
+
+class Unfit(Exception):
+    """A file that can't be used, now or later. The text is for the user."""
+
+
+class Harmful(Exception):
+    """A file that would do harm when it is opened. The text is for the user."""
 
 
 class UploadedPart(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,7 +57,7 @@ class UploadedPart(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
-    """`urls` is kept only until the files are there: a URL may hold a token."""
+    """`urls` is kept only until the files are there, and never told: a URL may hold a token."""
 
     checkpoint_id: str
     type: str
@@ -80,6 +95,10 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
             if filename not in tags:
                 raise Rejected("models.missing_file", filename=filename)
 
+    def complete(self, files: list[CheckpointFile]) -> Checkpoint:
+        """All is uploaded; it is looked at next."""
+        return replace(self, status=CREATING, files=files, version=self.version + 1)
+
     def activate(self, files: list[CheckpointFile]) -> Checkpoint:
         return replace(
             self,
@@ -90,9 +109,27 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
             version=self.version + 1,
         )
 
+    def refuse(self, files: list[CheckpointFile], error: str) -> Checkpoint:
+        """For good: it stays there to be looked at, and can only be deleted."""
+        return replace(self.activate(files), status=DISABLED, error=error)
+
     def fail(self, error: str) -> Checkpoint:
+        """The URLs stay, so that it can be tried again."""
+        return replace(self, status=FAILED, error=error, files=[], version=self.version + 1)
+
+    def retry(self) -> Checkpoint:
+        if self.status != FAILED:
+            detail = f"it is {self.status}; only a Failed one can be"
+            raise Rejected("models.not_retriable", checkpoint_id=self.checkpoint_id, detail=detail)
+        if not self.urls:
+            detail = "it was uploaded; upload it once more as a new one"
+            raise Rejected("models.not_retriable", checkpoint_id=self.checkpoint_id, detail=detail)
         return replace(
-            self, status=FAILED, error=error, files=[], urls=[], version=self.version + 1
+            self,
+            status=CREATING,
+            names=likely_names(self.urls),
+            error=None,
+            version=self.version + 1,
         )
 
     def rename(self, name: str) -> Checkpoint:
@@ -113,6 +150,8 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
         self._check_complete()
         if status not in (ACTIVE, DISABLED):
             raise Rejected("models.invalid", field="status", detail=f"it is {ACTIVE} or {DISABLED}")
+        if self.error and status == ACTIVE:
+            raise Rejected("models.refused", checkpoint_id=self.checkpoint_id, reason=self.error)
         return replace(self, status=status, version=self.version + 1)
 
     def delete(self, reason: str | None = None) -> Checkpoint:
@@ -208,8 +247,11 @@ def likely_names(urls: Sequence[str]) -> list[str]:
 
 def check_parts(
     filename: str, expected: int, tags: Sequence[PartTag], uploaded: Sequence[UploadedPart]
-) -> None:
-    """Raises Rejected, naming the part, unless `tags` are exactly the parts that were uploaded."""
+) -> list[PartTag]:
+    """The tags that the file is put together from: those of parts without a byte are dropped, since
+    clients that cut a file into more parts than it fills upload such.
+
+    Raises Rejected, naming the part, unless `tags` are exactly the parts that were uploaded."""
 
     def mismatch(detail: str) -> Rejected:
         return Rejected("models.part_mismatch", filename=filename, detail=detail)
@@ -220,6 +262,7 @@ def check_parts(
         if after < before:
             raise mismatch(f"part {after} is listed after part {before}")
     there = {part.number: part for part in uploaded}
+    empty = {part.number for part in uploaded if part.size == 0}
     for tag in tags:
         part = there.pop(tag.PartNumber, None)
         if part is None:
@@ -227,13 +270,31 @@ def check_parts(
         if tag.ETag.strip('"') != part.etag.strip('"'):
             given = tag.ETag[:80]
             raise mismatch(f"part {part.number} was uploaded with ETag {part.etag}, not {given}")
-    for number in there:
+    for number in there.keys() - empty:
         raise mismatch(f"part {number} was uploaded but is not listed")
-    listed = {tag.PartNumber for tag in tags}
+    listed = {tag.PartNumber for tag in tags} | empty
     for number in range(1, expected + 1):
         if number not in listed:
             raise mismatch(f"part {number} of {expected} is missing")
-    for part in uploaded[:-1]:
+    full = [part for part in uploaded if part.size]
+    if not full:
+        raise mismatch("none of them has a byte")
+    for part in full[:-1]:
         if part.size < MIN_PART_BYTES:
             needed = f"every part but the last needs {MIN_PART_BYTES}"
             raise mismatch(f"part {part.number} has {part.size} bytes; {needed}")
+    return [tag for tag in tags if tag.PartNumber not in empty]
+
+
+# What files are.
+
+_KNOWN_BY_CONTENT = ("Stable-diffusion", "Lora", "VAE", "embeddings", "ControlNet")
+"""Types of which every file tells by its tensors that it is one."""
+
+
+def find_mismatch(declared: str, kind: Kind) -> str | None:
+    """What a file is that was declared as something else; None if it may be what it is said to."""
+    if kind.type == declared or (not kind.type and declared not in _KNOWN_BY_CONTENT):
+        return None
+    found = f"{kind.title} (type {kind.type})" if kind.type else kind.title
+    return f"it was declared as {declared} and is {found}"

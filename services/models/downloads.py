@@ -8,19 +8,23 @@ a redirect, a number that is an address in disguise all end there.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ipaddress
+import re
 import socket
-from collections.abc import AsyncIterator, Set
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Set
 
 import aiohttp
 import msgspec
 from aiohttp.connector import AddrInfoType
 from yarl import URL
 
-from services.models.domain import filename_of, find_fault
+from services.models.domain import Unfit, filename_of, find_fault
 
 MAX_REDIRECTS = 5
+PAUSES = (1.0, 5.0, 15.0)
+"""Seconds before a broken connection is made again, as long as nothing comes through it."""
 REDIRECTS = (301, 302, 303, 307, 308)
 CHUNK_BYTES = 256 * 1024
 TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=60)
@@ -31,18 +35,19 @@ METADATA = (ipaddress.ip_address("168.63.129.16"),)
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
-class Unfit(Exception):
-    """The URL can't be downloaded, now or later. The text is for the user."""
-
-
 class Interrupted(Exception):
     """The connection failed or the server is in trouble: worth another try."""
 
 
+class Changed(Interrupted):
+    """What has come so far is of no use."""
+
+
 class Source(msgspec.Struct, frozen=True):
-    """A file whose bytes are about to come."""
+    """A file whose bytes are about to come. `total`: how many, if the server tells."""
 
     filename: str
+    total: int | None
     chunks: AsyncIterator[bytes]
 
 
@@ -54,22 +59,32 @@ class Downloader:
 
     @contextlib.asynccontextmanager
     async def open(self, url: str) -> AsyncIterator[Source]:
-        """Follows redirects and answers with the file. Its chunks raise Unfit or Interrupted."""
+        """Follows redirects and answers with the file. Its chunks raise Unfit or Interrupted; where
+        the server can, they go on behind what has come when the connection breaks."""
+        first = _parse(url)
         async with contextlib.AsyncExitStack() as stack:
-            at = first = _parse(url)
-            for _ in range(MAX_REDIRECTS + 1):
-                response = await self._get(at, stack)
-                if response.status not in REDIRECTS:
-                    break
-                at = _target(at, response)
-                await stack.aclose()
-            else:
-                raise Unfit(f"{_plain(first)}: more than {MAX_REDIRECTS} redirects")
+            at, response = await self._follow(first, stack, HEADERS)
             self._check(at, response)
             filename = _filename(response, first, at)
-            yield Source(filename, self._chunks(at, response))
+            chunks = self._chunks(first, at, response, stack)
+            async with contextlib.aclosing(chunks):
+                yield Source(filename, response.content_length, chunks)
 
-    async def _get(self, at: URL, stack: contextlib.AsyncExitStack) -> aiohttp.ClientResponse:
+    async def _follow(
+        self, url: URL, stack: contextlib.AsyncExitStack, headers: Mapping[str, str]
+    ) -> tuple[URL, aiohttp.ClientResponse]:
+        at = url
+        for _ in range(MAX_REDIRECTS + 1):
+            response = await self._get(at, stack, headers)
+            if response.status not in REDIRECTS:
+                return at, response
+            at = _target(at, response)
+            await stack.aclose()
+        raise Unfit(f"{_plain(url)}: more than {MAX_REDIRECTS} redirects")
+
+    async def _get(
+        self, at: URL, stack: contextlib.AsyncExitStack, headers: Mapping[str, str]
+    ) -> aiohttp.ClientResponse:
         if at.scheme not in self._schemes or not at.host:
             raise Unfit(f"{_plain(at)}: only {', '.join(sorted(self._schemes))} is allowed")
         guard = Guard(open_to_all=self._is_allowed(at))
@@ -78,7 +93,7 @@ class Downloader:
                 connector=aiohttp.TCPConnector(socket_factory=guard.make_socket, force_close=True),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 timeout=TIMEOUT,
-                headers=HEADERS,
+                headers=headers,
                 auto_decompress=False,
                 trust_env=False,
             )
@@ -97,11 +112,11 @@ class Downloader:
     def _is_allowed(self, at: URL) -> bool:
         return not self._allowed_hosts.isdisjoint((at.host or "", f"{at.host}:{at.port}"))
 
-    def _check(self, at: URL, response: aiohttp.ClientResponse) -> None:
+    def _check(self, at: URL, response: aiohttp.ClientResponse, expected: int = 200) -> None:
         where = _plain(at)
         if response.status >= 500 or response.status in (408, 429):
             raise Interrupted(f"{where}: answered {response.status}")
-        if response.status != 200:
+        if response.status != expected:
             raise Unfit(f"{where}: answered {response.status}")
         if response.content_type == "text/html":
             raise Unfit(f"{where}: answered with a web page, not with a file")
@@ -110,16 +125,57 @@ class Downloader:
         if (response.content_length or 0) > self._max_bytes:
             raise self._too_large(at)
 
-    async def _chunks(self, at: URL, response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
-        size = 0
-        try:
-            async for chunk in response.content.iter_chunked(CHUNK_BYTES):
-                size += len(chunk)
-                if size > self._max_bytes:
-                    raise self._too_large(at)
-                yield chunk
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise Interrupted(f"{_plain(at)}: broke off after {size} bytes") from error
+    async def _chunks(
+        self,
+        first: URL,
+        at: URL,
+        response: aiohttp.ClientResponse,
+        stack: contextlib.AsyncExitStack,
+    ) -> AsyncGenerator[bytes, None]:
+        size, total, version = 0, response.content_length, _version(response)
+        pauses = list(PAUSES)
+        while True:
+            try:
+                async for chunk in response.content.iter_chunked(CHUNK_BYTES):
+                    size += len(chunk)
+                    if size > self._max_bytes:
+                        raise self._too_large(at)
+                    pauses = list(PAUSES)
+                    yield chunk
+                return
+            except (aiohttp.ClientError, TimeoutError, OSError) as error:
+                broken = Interrupted(f"{_plain(at)}: broke off after {size} bytes")
+                broken.__cause__ = error
+            while version:
+                if not pauses:
+                    raise broken
+                await asyncio.sleep(pauses.pop(0))
+                with contextlib.suppress(Interrupted):
+                    await stack.aclose()
+                    at, response = await self._go_on(first, stack, size, total, version)
+                    break
+            else:
+                raise broken
+
+    async def _go_on(
+        self,
+        first: URL,
+        stack: contextlib.AsyncExitStack,
+        size: int,
+        total: int | None,
+        version: str,
+    ) -> tuple[URL, aiohttp.ClientResponse]:
+        """The rest of a file of which `size` bytes have come. By its first URL: what that led to
+        may be out of date. Raises Changed if it is another file by now."""
+        more = {"Range": f"bytes={size}-", "If-Range": version}
+        at, response = await self._follow(first, stack, {**HEADERS, **more})
+        if response.status == 200:
+            raise Changed(f"{_plain(at)}: is another file than it was before")
+        self._check(at, response, expected=206)
+        expected = re.escape(f"bytes {size}-") + r"\d+/" + (str(total) if total else r"(\d+|\*)")
+        if not re.fullmatch(expected, response.headers.get("Content-Range", "")):
+            raise Changed(f"{_plain(at)}: does not go on where it broke off")
+        return at, response
 
     def _too_large(self, at: URL) -> Unfit:
         return Unfit(f"{_plain(at)}: larger than the {self._max_bytes} bytes that are allowed")
@@ -153,6 +209,16 @@ def is_public(address: str) -> bool:
     if isinstance(ip, ipaddress.IPv6Address) and ip.is_site_local:
         return False
     return ip.is_global and not ip.is_multicast and not ip.is_reserved and ip not in METADATA
+
+
+def _version(response: aiohttp.ClientResponse) -> str:
+    """What says that a file is still the same; empty where the server can't go on with one."""
+    if response.headers.get("Accept-Ranges", "").lower() != "bytes":
+        return ""
+    tag = response.headers.get("ETag", "")
+    if tag and not tag.startswith("W/"):
+        return tag
+    return response.headers.get("Last-Modified", "")
 
 
 def _parse(url: str) -> URL:

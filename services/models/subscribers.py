@@ -14,12 +14,13 @@ from shared.contracts import models
 def handlers(
     files: FileStore, *, wake: Callable[[], Awaitable[None]], schemes: Set[str]
 ) -> Handlers:
-    """`wake` tells the upkeep that there is something to download or to remove."""
+    """`wake`: there is something to take in or to remove."""
     return {
         models.CreateCheckpoint: partial(
             commands.create_checkpoint, files=files, wake=wake, schemes=schemes
         ),
-        models.CompleteCheckpoint: partial(commands.complete_checkpoint, files=files),
+        models.CompleteCheckpoint: partial(commands.complete_checkpoint, files=files, wake=wake),
+        models.RetryCheckpoint: partial(commands.retry_checkpoint, wake=wake),
         models.RenameCheckpoint: commands.rename_checkpoint,
         models.SetCheckpointStatus: commands.set_checkpoint_status,
         models.DeleteCheckpoints: partial(commands.delete_checkpoints, wake=wake),

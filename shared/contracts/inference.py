@@ -39,6 +39,7 @@ class UsedModel(msgspec.Struct, frozen=True, kw_only=True):
     bucket: str = ""
     key: str = ""
     size: int = 0
+    sha256: str = ""
 
 
 class CreateJob(Command, frozen=True, kw_only=True):

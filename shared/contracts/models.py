@@ -6,9 +6,13 @@ from datetime import datetime
 
 import msgspec
 
-from shared.contracts.envelope import Command, State
+from shared.contracts.envelope import Command, Message, State
+from shared.weights.kinds import Kind
 
 OWNER = "models"
+
+CREATING = "Creating"
+"""The status of a checkpoint that is being downloaded or looked at."""
 
 REJECTIONS = {
     "models.name_taken": "{name} already exists, please use another or rename/delete exists",
@@ -20,6 +24,8 @@ REJECTIONS = {
     "models.unknown_file": "{filename} is no file of checkpoint {checkpoint_id}; it has: {known}",
     "models.missing_file": "multi_parts_tags has no entry for {filename}",
     "models.part_mismatch": "the parts of {filename} do not match what was uploaded: {detail}",
+    "models.refused": "checkpoint {checkpoint_id} was refused and stays Disabled: {reason}",
+    "models.not_retriable": "checkpoint {checkpoint_id} can't be downloaded again: {detail}",
     "models.not_complete": (
         "checkpoint {checkpoint_id} is {status}; this needs one that is Active or Disabled"
     ),
@@ -51,11 +57,14 @@ class MultipartUpload(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CheckpointFile(msgspec.Struct, frozen=True, kw_only=True):
-    """`size` in bytes, 0 until it is known."""
+    """`size` in bytes, 0 until it is known; so are `sha256` and `kind`, which are found out before
+    the checkpoint is Active. Files of the same content have the same `key`."""
 
     filename: str
     key: str
     size: int = 0
+    sha256: str = ""
+    kind: Kind | None = None
 
 
 class CreateCheckpoint(Command, frozen=True, kw_only=True):
@@ -72,7 +81,7 @@ class CreateCheckpoint(Command, frozen=True, kw_only=True):
 
 
 class CompleteCheckpoint(Command, frozen=True, kw_only=True):
-    """All parts are uploaded: put the files together and activate the checkpoint."""
+    """All parts are uploaded: put the files together. Then they are looked at, unasked."""
 
     checkpoint_id: str
     multi_parts_tags: dict[str, list[PartTag]]
@@ -81,6 +90,12 @@ class CompleteCheckpoint(Command, frozen=True, kw_only=True):
 class RenameCheckpoint(Command, frozen=True, kw_only=True):
     checkpoint_id: str
     name: str
+
+
+class RetryCheckpoint(Command, frozen=True, kw_only=True):
+    """Downloads a Failed checkpoint from its URLs once more."""
+
+    checkpoint_id: str
 
 
 class SetCheckpointStatus(Command, frozen=True, kw_only=True):
@@ -99,7 +114,9 @@ class ResyncModels(Command, frozen=True, kw_only=True):
 
 
 class Checkpoint(State, frozen=True, kw_only=True):
-    """`status`: Initial (being uploaded), Creating (being downloaded), Active, Disabled, Failed."""
+    """`status`: Initial (being uploaded), Creating (being downloaded or looked at), Active,
+    Disabled (switched off, or refused with an `error`), Failed (with an `error`, and nothing is
+    left of its files)."""
 
     checkpoint_id: str
     type: str
@@ -120,16 +137,38 @@ class Checkpoint(State, frozen=True, kw_only=True):
 class CheckpointCreated(Checkpoint, frozen=True, kw_only=True): ...
 
 
+class CheckpointUploaded(Checkpoint, frozen=True, kw_only=True): ...
+
+
 class CheckpointActivated(Checkpoint, frozen=True, kw_only=True): ...
 
 
 class CheckpointChanged(Checkpoint, frozen=True, kw_only=True): ...
 
 
+class CheckpointRefused(Checkpoint, frozen=True, kw_only=True): ...
+
+
 class CheckpointFailed(Checkpoint, frozen=True, kw_only=True): ...
+
+
+class CheckpointRetried(Checkpoint, frozen=True, kw_only=True): ...
 
 
 class CheckpointDeleted(Checkpoint, frozen=True, kw_only=True): ...
 
 
 class CheckpointSynced(Checkpoint, frozen=True, kw_only=True): ...
+
+
+class CheckpointProgress(Message, frozen=True, kw_only=True):
+    """Telemetry on core NATS, never stored: how far the download of a file (`stage` is download),
+    or the look at one that was uploaded (check), has come. `total` and `percent` are None where the
+    server does not tell how large the file is."""
+
+    checkpoint_id: str
+    filename: str
+    stage: str
+    bytes: int
+    total: int | None = None
+    percent: float | None = None

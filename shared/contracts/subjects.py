@@ -5,7 +5,7 @@
     evt.<owner>.outcome.<command id>    EVENTS     rejections and "nothing to change"
     jobs.<endpoint id>                  JOBS       work queue, one durable consumer per endpoint
     dead.<owner>                        DEAD       what could not be handled, with the reason
-    progress.<job id>                   core NATS  steps and previews, never stored
+    progress.<job or checkpoint id>     core NATS  steps, previews, bytes; never stored
 
 This is the one place that declares streams; `deploy/` applies it and services only bind.
 """
@@ -173,8 +173,9 @@ def run_job_subject(endpoint_id: str) -> str:
     return f"jobs.{_token(endpoint_id)}"
 
 
-def progress_subject(job_id: str) -> str:
-    return f"progress.{_token(job_id)}"
+def progress_subject(id_: str) -> str:
+    """Of a job, or of a checkpoint that is being downloaded."""
+    return f"progress.{_token(id_)}"
 
 
 def dead_subject(owner: str) -> str:
@@ -238,7 +239,7 @@ PERMISSIONS: dict[str, Permissions] = {
         ["_INBOX_gateway.>", "progress.*"],
     ),
     "identity": _service("identity"),
-    "models": _service("models"),
+    "models": _service("models", "progress.*"),
     "endpoints": _service(
         "endpoints",
         f"$JS.API.CONSUMER.CREATE.{JOBS}.>",

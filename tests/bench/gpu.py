@@ -29,9 +29,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from services.inference.worker.pipelines import Listener, Result
 from services.inference.worker.pipelines.engine import Engine
-from services.inference.worker.pipelines.models.families import SD1, SDXL
 from services.inference.worker.settings import EngineOptions
 from shared.contracts.inference import RunJob, UsedModel
+from shared.weights.kinds import SD1, SDXL
 from tests.bench.report import Row, print_table
 from tests.bench.true_size import small, write_checkpoint, write_lora
 

@@ -17,13 +17,8 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from services.inference.worker.pipelines.models import layouts
-from services.inference.worker.pipelines.models.families import (
-    SD1,
-    SDXL,
-    STANDARD,
-    TEXT_PREFIXES,
-    Configs,
-)
+from services.inference.worker.pipelines.models.families import STANDARD, TEXT_PREFIXES, Configs
+from shared.weights.kinds import SD1, SDXL
 
 RANK = 16
 

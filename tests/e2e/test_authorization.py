@@ -19,6 +19,7 @@ import pytest
 
 from deploy.local.stack import Stack
 from tests.e2e.described import Person, StrictClient, description
+from tests.weights import weights
 
 NOTHING = "00000000-0000-0000-0000-000000000000"
 ANYBODY = ""
@@ -51,6 +52,7 @@ ROUTES: dict[str, Route] = {
     "CreateToken": Route("POST", "/auth/tokens", ANYBODY, {"name": "{name}"}),
     "RevokeToken": Route("DELETE", f"/auth/tokens/{NOTHING}", ANYBODY),
     "ListCheckpoints": Route("GET", "/checkpoints", "checkpoint:list"),
+    "GetCheckpoint": Route("GET", f"/checkpoints/{NOTHING}", "checkpoint:list"),
     "CreateCheckpoint": Route(
         "POST",
         "/checkpoints",
@@ -268,7 +270,9 @@ def test_a_checkpoint_of_somebody_else_is_out_of_reach(api: StrictClient, design
     }
     new = designer.call("POST", "/checkpoints", body)["data"]
     id_ = new["checkpoint"]["id"]
-    sent = designer.http.put(new["s3PresignUrl"]["private.safetensors"][0], content=b"weights")
+    sent = designer.http.put(
+        new["s3PresignUrl"]["private.safetensors"][0], content=weights("Stable-diffusion")
+    )
     tags = {"private.safetensors": [{"ETag": sent.headers["ETag"], "PartNumber": 1}]}
     done = {"status": "Active", "multi_parts_tags": tags}
     assert rival.request("PUT", f"/checkpoints/{id_}", done).status_code == 403

@@ -17,6 +17,7 @@ from deploy.local import processes
 from deploy.local.stack import Stack
 from tests.e2e.described import StrictClient
 from tests.e2e.gateways import another_gateway, process_of
+from tests.weights import weights
 
 NOTHING = "00000000-0000-0000-0000-000000000000"
 
@@ -163,7 +164,7 @@ def test_checkpoints_need_no_token_and_are_listed_twice(esd: EsdClient) -> None:
     new = esd.request("POST", "/checkpoints", body)
     assert new.status_code == 201
     id_ = new.json()["data"]["checkpoint"]["id"]
-    sent = esd.http.put(new.json()["data"]["s3PresignUrl"][name][0], content=b"weights")
+    sent = esd.http.put(new.json()["data"]["s3PresignUrl"][name][0], content=weights("VAE"))
     tags = {name: [{"ETag": sent.headers["ETag"], "PartNumber": 1}]}
     done = esd.request("PUT", f"/checkpoints/{id_}", {"status": "Active", "multi_parts_tags": tags})
     assert done.json()["checkpoint"]["status"] == "Active"

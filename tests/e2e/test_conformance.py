@@ -19,6 +19,7 @@ import pytest
 from deploy.local.client import parse_events
 from deploy.local.demo import CHECKPOINT
 from tests.e2e.described import Person, StrictClient
+from tests.weights import weights
 
 SEED: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("esd-1.4.0.json").read_text())
 MODEL = "v1-5-pruned-emaonly.safetensors"
@@ -198,11 +199,11 @@ def test_jobs_are_listed_by_filter_and_page(api: StrictClient, world: World) -> 
 def test_a_picture_can_be_enlarged_with_an_upscaler_or_without_any_model(
     api: StrictClient, tmp_path: Path
 ) -> None:
-    weights = tmp_path / f"{unique('upscaler')}.safetensors"
-    weights.write_bytes(b"weights")
-    api.upload_checkpoint("Upscaler", weights)
+    upscaler = tmp_path / f"{unique('upscaler')}.safetensors"
+    upscaler.write_bytes(weights("Upscaler"))
+    api.upload_checkpoint("Upscaler", upscaler)
     body = {"inference_type": "Async", "task_type": "extra-single-image"}
-    for models in ({}, {"Upscaler": [weights.name]}):
+    for models in ({}, {"Upscaler": [upscaler.name]}):
         job = api.call("POST", "/inferences", {**body, "models": models})["data"]["inference"]
         assert job["type"] == "extra-single-image"
         assert {model["type"]: model["name"] for model in job["models"]} == models
@@ -416,9 +417,10 @@ def update_checkpoint(world: World) -> httpx.Response:
     new = created.json()["data"]
     like(new["checkpoint"], SEED["UpdateCheckpoint"]["answer"]["checkpoint"], "checkpoint", set())
     tags = []
+    whole = weights("VAE", PART_BYTES * (len(example) - 1) + 1000)
     for part, url in zip(example, new["s3PresignUrl"][MODEL], strict=True):
-        size = PART_BYTES if part != example[-1] else 1000
-        sent = world.api.http.put(url, content=b"%d" % part["PartNumber"] * size)
+        start = (part["PartNumber"] - 1) * PART_BYTES
+        sent = world.api.http.put(url, content=whole[start : start + PART_BYTES])
         tags.append({"ETag": sent.headers["ETag"], "PartNumber": part["PartNumber"]})
     id_ = new["checkpoint"]["id"]
     short = {"status": "Active", "multi_parts_tags": {MODEL: tags[:-1]}}

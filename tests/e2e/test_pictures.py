@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import pytest
@@ -18,9 +19,10 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from deploy.local.client import Client
+from deploy.local.client import Client, Failed
 from deploy.local.demo import CHECKPOINT
 from deploy.local.weights import fetch_u2net
+from tests.weights import weights
 
 MODEL = {"Stable-diffusion": [CHECKPOINT.name], "VAE": ["Automatic"]}
 ENDPOINT, REALTIME = "pictures", "pictures-now"
@@ -245,11 +247,21 @@ def test_a_job_without_params_fails_with_a_reason(artist: Client) -> None:
     assert "params" in job["error"]
 
 
+def test_a_checkpoint_that_was_cut_off_is_refused(artist: Client, tmp_path: Path) -> None:
+    cut = tmp_path / f"cut-{uuid4().hex[:8]}.safetensors"
+    cut.write_bytes(CHECKPOINT.read_bytes()[:100_000])
+    with pytest.raises(Failed, match=rf"{cut.name}: .* upload it again") as refused:
+        artist.upload_checkpoint("Stable-diffusion", cut)
+    assert refused.value.status == 400
+    assert artist.find_checkpoint("Stable-diffusion", cut.name) is None
+
+
 def test_a_broken_checkpoint_fails_the_job_and_not_the_worker(
     artist: Client, tmp_path: Path
 ) -> None:
+    """The registry looks at headers only: this one is whole, but lacks most of a checkpoint."""
     broken = tmp_path / "broken.safetensors"
-    broken.write_bytes(CHECKPOINT.read_bytes()[:100_000])
+    broken.write_bytes(weights("Stable-diffusion"))
     if artist.find_checkpoint("Stable-diffusion", broken.name) is None:
         artist.upload_checkpoint("Stable-diffusion", broken)
     models = {"Stable-diffusion": [broken.name]}

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
+import io
 import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 import nats
 import pytest
+import safetensors.torch
+import torch
 from aiohttp import web
 from nats.aio.client import Client
 
@@ -26,9 +31,10 @@ from shared.contracts import models
 from shared.contracts.envelope import Command, Completed, Envelope, Message, Rejected, new_id
 from shared.contracts.models import Checkpoint, PartTag, UploadFile
 from shared.contracts.registry import payload, type_of
-from shared.contracts.subjects import COMMANDS, EVENTS, command_subject
+from shared.contracts.subjects import COMMANDS, EVENTS, command_subject, progress_subject
 from shared.objects import Objects
 from shared.settings import ObjectSettings
+from tests.weights import weights
 
 MIB = 1024**2
 T = TypeVar("T", bound=Message)
@@ -107,6 +113,10 @@ class Hosts:
         self.visits_of_forbidden = 0
         self.stalled = asyncio.Event()
         self.go_on = asyncio.Event()
+        self.asked: list[tuple[str | None, str | None]] = []
+        """Range and If-Range of each request for a file that breaks off."""
+        self.version = "one"
+        self.works = False
 
 
 @pytest.fixture(scope="module")
@@ -114,18 +124,20 @@ async def hosts() -> AsyncIterator[Hosts]:
     state = Hosts(0, 0)
 
     async def file(request: web.Request) -> web.Response:
-        return web.Response(body=content(int(request.query["size"])))
+        size = int(request.query.get("size", 0))
+        return web.Response(body=weights("Upscaler", size, request.path) if size else b"")
 
     async def named(request: web.Request) -> web.Response:
         disposition = f'attachment; filename="{request.query["name"]}"'
-        return web.Response(body=b"bytes", headers={"Content-Disposition": disposition})
+        body = weights("Upscaler", seed=request.query["name"])
+        return web.Response(body=body, headers={"Content-Disposition": disposition})
 
     async def redirect(request: web.Request) -> web.Response:
         return web.Response(status=302, headers={"Location": request.query["to"]})
 
     async def hop(request: web.Request) -> web.Response:
         left = int(request.query["left"])
-        to = f"/hop?left={left - 1}" if left else "/files/hopped.pth?size=10"
+        to = f"/hop?left={left - 1}" if left else "/files/hopped.pth?size=2000"
         return web.Response(status=307, headers={"Location": to})
 
     async def page(_: web.Request) -> web.Response:
@@ -141,12 +153,39 @@ async def hosts() -> AsyncIterator[Hosts]:
         """Stops in the middle until it may go on."""
         response = web.StreamResponse()
         await response.prepare(request)
-        whole = content(20 * MIB)
+        whole = weights("Upscaler", 20 * MIB)
         await response.write(whole[: 12 * MIB])
         state.stalled.set()
         await state.go_on.wait()
         await response.write(whole[12 * MIB :])
         return response
+
+    async def breaking(request: web.Request) -> web.StreamResponse:
+        """Breaks off after 6 MiB each time; goes on where it is asked to."""
+        given = request.headers.get("Range"), request.headers.get("If-Range")
+        state.asked.append(given)
+        whole = weights("Upscaler", 20 * MIB, state.version)
+        start = 0
+        if given[0] and given[1] == f'"{state.version}"':
+            start = int(given[0].removeprefix("bytes=").removesuffix("-"))
+        headers = {"Accept-Ranges": "bytes", "ETag": f'"{state.version}"'}
+        if start:
+            headers["Content-Range"] = f"bytes {start}-{len(whole) - 1}/{len(whole)}"
+        response = web.StreamResponse(status=206 if start else 200, headers=headers)
+        response.content_length = len(whole) - start
+        await response.prepare(request)
+        await response.write(whole[start : start + 6 * MIB])
+        if start + 6 * MIB < len(whole):
+            if request.query.get("changes"):
+                state.version = "two"
+            assert request.transport
+            request.transport.abort()
+        return response
+
+    async def failing(_: web.Request) -> web.Response:
+        if state.works:
+            return web.Response(body=weights("Upscaler", seed="at last"))
+        return web.Response(status=404)
 
     async def secret(_: web.Request) -> web.Response:
         state.visits_of_forbidden += 1
@@ -163,6 +202,8 @@ async def hosts() -> AsyncIterator[Hosts]:
                 "/page.pth": page,
                 "/endless.pth": endless,
                 "/stalling.pth": stalling,
+                "/breaking.pth": breaking,
+                "/failing.pth": failing,
             },
             {"/secret.pth": secret},
         ):
@@ -178,11 +219,6 @@ async def hosts() -> AsyncIterator[Hosts]:
         yield state
 
 
-def content(size: int) -> bytes:
-    """Bytes that differ from block to block."""
-    return b"".join(i.to_bytes(8, "big") for i in range(size // 8 + 1))[:size]
-
-
 class Models:
     """The service's process, and a client that sends it commands and follows its events."""
 
@@ -191,6 +227,7 @@ class Models:
         self.events: list[tuple[Envelope, Message]] = []
         self.process: subprocess.Popen[bytes] | None = None
         self._settings = settings
+        self._client = client
         self._js = client.jetstream()
         self._arrived = asyncio.Event()
 
@@ -277,6 +314,21 @@ class Models:
         await self.wait(lambda: self.last(checkpoint_id).status == status, status, seconds)
         return self.last(checkpoint_id)
 
+    async def listen_to_progress(self, checkpoint_id: str) -> list[models.CheckpointProgress]:
+        heard: list[models.CheckpointProgress] = []
+
+        async def receive(message: Any) -> None:
+            report = payload(cloud.decode(message.data))
+            assert isinstance(report, models.CheckpointProgress)
+            heard.append(report)
+
+        await self._client.subscribe(progress_subject(checkpoint_id), cb=receive)
+        return heard
+
+    async def looked_at(self, checkpoint_id: str) -> Checkpoint:
+        await self.wait(lambda: self.last(checkpoint_id).status != "Creating", "verdict")
+        return self.last(checkpoint_id)
+
     async def wait(self, condition: Callable[[], bool], what: str, seconds: float = 30) -> None:
         end = time.monotonic() + seconds
         while not condition():
@@ -320,7 +372,7 @@ def upload(
     )
 
 
-def download(*urls: str, type: str = "ControlNet") -> models.CreateCheckpoint:
+def download(*urls: str, type: str = "Upscaler") -> models.CreateCheckpoint:
     return models.CreateCheckpoint(
         checkpoint_id=new_id(), checkpoint_type=type, creator="admin", urls=list(urls)
     )
@@ -328,17 +380,29 @@ def download(*urls: str, type: str = "ControlNet") -> models.CreateCheckpoint:
 
 async def made(service: Models, bucket: Bucket, command: models.CreateCheckpoint) -> Checkpoint:
     """An Active checkpoint of small files."""
+    files = {
+        file.filename: weights(command.checkpoint_type, seed=file.filename)
+        for file in command.filenames
+    }
+    return await uploaded(service, bucket, command, files)
+
+
+async def uploaded(
+    service: Models, bucket: Bucket, command: models.CreateCheckpoint, files: dict[str, bytes]
+) -> Checkpoint:
+    """As it is once it was looked at."""
     created = await service.send(command)
     assert isinstance(created, models.CheckpointCreated), created
     tags = {
-        filename: [await bucket.put_part(upload, 1, filename.encode())]
+        filename: [await bucket.put_part(upload, 1, files[filename])]
         for filename, upload in created.multipart_upload.items()
     }
-    active = await service.send(
+    completed = await service.send(
         models.CompleteCheckpoint(checkpoint_id=command.checkpoint_id, multi_parts_tags=tags)
     )
-    assert isinstance(active, models.CheckpointActivated), active
-    return active
+    assert isinstance(completed, models.CheckpointUploaded), completed
+    assert completed.status == "Creating"
+    return await service.looked_at(command.checkpoint_id)
 
 
 async def eventually(look: Callable[[], Any], wanted: Any, seconds: float = 20) -> None:
@@ -361,7 +425,8 @@ async def test_upload_with_wrong_parts_stays_completable(
     target = created.multipart_upload["big.safetensors"]
     assert (target.key, target.parts_number) == (f"{prefix}/big.safetensors", 2)
 
-    bodies = content(5 * MIB), b"the rest"
+    whole = weights("Stable-diffusion", 5 * MIB + 8)
+    bodies = whole[: 5 * MIB], whole[5 * MIB :]
     first = await gateway_bucket.put_part(target, 1, bodies[0])
     second = await gateway_bucket.put_part(target, 2, bodies[1])
     wrong = PartTag(PartNumber=2, ETag=f'"{"0" * 32}"')
@@ -387,9 +452,9 @@ async def test_upload_with_wrong_parts_stays_completable(
         checkpoint_id=command.checkpoint_id,
         multi_parts_tags={"big.safetensors": [first, second]},
     )
-    active = await service.send(done)
-    assert isinstance(active, models.CheckpointActivated), active
-    assert active.status == "Active"
+    completed = await service.send(done)
+    assert isinstance(completed, models.CheckpointUploaded), completed
+    active = await service.wait_status(command.checkpoint_id, "Active")
     assert [(f.filename, f.size) for f in active.files] == [("big.safetensors", 5 * MIB + 8)]
     assert (await service.refused(done))[0] == "models.not_uploading"
     # What the client sent comes back from the table as it was, even where no float can hold it.
@@ -401,12 +466,12 @@ async def test_completed_bytes_are_those_that_were_sent(
     service: Models, gateway_bucket: Bucket, bucket: Bucket
 ) -> None:
     command = upload("two.pt")
-    files = [UploadFile(filename="two.pt"), UploadFile(filename="models [v1].yaml")]
+    files = [UploadFile(filename="two.safetensors"), UploadFile(filename="models [v1].bin")]
     checkpoint = await made(
         service, gateway_bucket, msgspec.structs.replace(command, filenames=files)
     )
     for file in checkpoint.files:
-        assert await bucket.read(file.key) == file.filename.encode()
+        assert await bucket.read(file.key) == weights(checkpoint.type, seed=file.filename)
     refusal = await service.refused(
         models.RenameCheckpoint(checkpoint_id=command.checkpoint_id, name="x")
     )
@@ -470,7 +535,7 @@ async def test_set_checkpoint_status(service: Models, gateway_bucket: Bucket) ->
     assert isinstance(await set_to("Disabled"), Completed)
     await set_to("Active")
     assert service.last(id_).status == "Active"
-    assert (service.last(id_).version, isinstance(await set_to("Creating"), Rejected)) == (4, True)
+    assert (service.last(id_).version, isinstance(await set_to("Creating"), Rejected)) == (5, True)
     code, _ = await service.refused(
         models.SetCheckpointStatus(checkpoint_id="unknown", status="Active")
     )
@@ -519,20 +584,22 @@ async def test_a_command_that_died_half_way_is_done_again_cleanly(
     assert len(await bucket.uploads(command.checkpoint_id)) == 1
 
     target = created.multipart_upload["half.pt"]
-    tag = await gateway_bucket.put_part(target, 1, b"12345")
+    whole = weights("Stable-diffusion")
+    tag = await gateway_bucket.put_part(target, 1, whole)
     await bucket.client.complete_multipart_upload(
         Bucket=target.bucket,
         Key=target.key,
         UploadId=target.upload_id,
         MultipartUpload={"Parts": [{"ETag": tag.ETag, "PartNumber": 1}]},
     )  # … and the service dies before its commit
-    active = await service.send(
+    completed = await service.send(
         models.CompleteCheckpoint(
             checkpoint_id=command.checkpoint_id, multi_parts_tags={"half.pt": [tag]}
         )
     )
-    assert isinstance(active, models.CheckpointActivated), active
-    assert active.files[0].size == 5
+    assert isinstance(completed, models.CheckpointUploaded), completed
+    active = await service.wait_status(command.checkpoint_id, "Active")
+    assert active.files[0].size == len(whole)
 
 
 async def test_an_object_store_that_is_away_delays_and_loses_nothing(
@@ -563,10 +630,12 @@ async def test_download_follows_redirects_and_keeps_every_byte(
     assert created.status == "Creating"
     active = await service.wait_status(command.checkpoint_id, "Active")
     assert active.names == ["redirect", "given name.pth", "hop"]
-    assert [f.size for f in active.files] == [20 * MIB + 7, 5, 10]
-    assert await bucket.read(active.files[0].key) == content(20 * MIB + 7)
+    assert [f.size for f in active.files] == [20 * MIB + 7, 16_384, 2000]
+    whole = weights("Upscaler", 20 * MIB + 7, "/files/inner.bin")
+    assert await bucket.read(active.files[0].key) == whole
+    assert active.files[0].sha256 == hashlib.sha256(whole).hexdigest()
     assert await bucket.uploads(command.checkpoint_id) == []
-    code, _ = await service.refused(upload("given name.pth", type="ControlNet"))
+    code, _ = await service.refused(upload("given name.pth", type="Upscaler"))
     assert code == "models.name_taken"
 
 
@@ -575,8 +644,8 @@ async def test_download_follows_redirects_and_keeps_every_byte(
     [
         (["{forbidden}/secret.pth"], "may not reach"),
         (["{allowed}/redirect?to={forbidden}/secret.pth"], "may not reach"),
-        (["{by_name}/files/x.pth?size=1"], "may not reach"),
-        (["{by_number}/files/x.pth?size=1"], "no valid URL"),
+        (["{by_name}/files/x.pth?size=2000"], "may not reach"),
+        (["{by_number}/files/x.pth?size=2000"], "no valid URL"),
         (["{allowed}/redirect?to=ftp://host/x"], "only"),
         (["{allowed}/redirect?to=file:///etc/passwd"], "only"),
         (["{allowed}/hop?left=5"], "more than 5 redirects"),
@@ -586,15 +655,15 @@ async def test_download_follows_redirects_and_keeps_every_byte(
         (["{allowed}/endless.pth"], "larger than"),
         (["{allowed}/files/empty.pth?size=0"], "empty"),
         (["{allowed}/named?name=.."], "can't be used"),
-        (["{allowed}/files/a.pth?size=9", "{allowed}/named?name=a.pth"], "two of the URLs"),
-        (["{allowed}/files/b.pth?size=9", "{allowed}/missing.pth"], "answered 404"),
-        (["http://nowhere.invalid/x.pth"], "three times"),
+        (["{allowed}/files/a.pth?size=2000", "{allowed}/named?name=a.pth"], "two of the URLs"),
+        (["{allowed}/files/b.pth?size=2000", "{allowed}/missing.pth"], "answered 404"),
+        (["http://nowhere.invalid/x.pth"], "3 times"),
     ],
 )
 async def test_download_that_can_not_be_done_fails_with_its_reason_and_leaves_nothing(
     service: Models, hosts: Hosts, bucket: Bucket, urls: list[str], told: str
 ) -> None:
-    command = download(*(url.format(**vars(hosts)) for url in urls), type="VAE")
+    command = download(*(url.format(**vars(hosts)) for url in urls))
     created = await service.send(command)
     assert isinstance(created, models.CheckpointCreated), created
     failed = await service.wait_status(command.checkpoint_id, "Failed")
@@ -605,7 +674,7 @@ async def test_download_that_can_not_be_done_fails_with_its_reason_and_leaves_no
     await eventually(lambda: bucket.keys(command.checkpoint_id), [])
     assert await bucket.uploads(command.checkpoint_id) == []
     # Its name is free again.
-    again = await service.send(upload("a.pth", type="VAE"))
+    again = await service.send(upload("a.pth", type="Upscaler"))
     assert isinstance(again, models.CheckpointCreated)
     await service.send(models.DeleteCheckpoints(checkpoint_ids=[again.checkpoint_id]))
 
@@ -613,7 +682,7 @@ async def test_download_that_can_not_be_done_fails_with_its_reason_and_leaves_no
 async def test_download_begins_again_after_a_crash_and_ends_when_it_is_deleted(
     service: Models, hosts: Hosts, bucket: Bucket
 ) -> None:
-    command = download(f"{hosts.allowed}/stalling.pth", type="Upscaler")
+    command = download(f"{hosts.allowed}/stalling.pth")
     await service.send(command)
     await asyncio.wait_for(hosts.stalled.wait(), 20)
     await eventually(
@@ -629,12 +698,12 @@ async def test_download_begins_again_after_a_crash_and_ends_when_it_is_deleted(
     service.start()
     active = await service.wait_status(command.checkpoint_id, "Active")
     assert active.version == 2
-    assert await bucket.read(active.files[0].key) == content(20 * MIB)
+    assert await bucket.read(active.files[0].key) == weights("Upscaler", 20 * MIB)
     assert await bucket.uploads(command.checkpoint_id) == []
 
     hosts.stalled.clear()
     hosts.go_on.clear()
-    second = download(f"{hosts.allowed}/stalling.pth", type="VAE")
+    second = download(f"{hosts.allowed}/stalling.pth?second", type="hypernetworks")
     await service.send(second)
     await asyncio.wait_for(hosts.stalled.wait(), 20)
     await service.send(models.DeleteCheckpoints(checkpoint_ids=[second.checkpoint_id]))
@@ -643,6 +712,287 @@ async def test_download_begins_again_after_a_crash_and_ends_when_it_is_deleted(
     await asyncio.sleep(1)
     assert await bucket.keys(second.checkpoint_id) == []
     assert service.last(second.checkpoint_id).deleted
+
+
+async def test_a_download_that_breaks_off_goes_on_where_it_was(
+    service: Models, hosts: Hosts, bucket: Bucket
+) -> None:
+    command = download(f"{hosts.allowed}/breaking.pth")
+    progress = await service.listen_to_progress(command.checkpoint_id)
+    await service.send(command)
+    active = await service.wait_status(command.checkpoint_id, "Active")
+    whole = weights("Upscaler", 20 * MIB, "one")
+    assert await bucket.read(active.files[0].key) == whole
+    assert active.files[0].sha256 == hashlib.sha256(whole).hexdigest()
+    assert hosts.asked[0] == (None, None)
+    starts = [int(str(asked[0])[6:-1]) for asked in hosts.asked[1:]]
+    assert starts == sorted(set(starts)), "it never went back"
+    assert starts[-1] > 12 * MIB
+    assert {asked[1] for asked in hosts.asked[1:]} == {'"one"'}
+    told = [(report.stage, report.bytes, report.total, report.percent) for report in progress]
+    assert told[-1] == ("download", 20 * MIB, 20 * MIB, 100.0)
+    assert [t[1] for t in told] == sorted(t[1] for t in told)
+    await service.send(models.DeleteCheckpoints(checkpoint_ids=[command.checkpoint_id]))
+
+
+async def test_a_file_that_changes_meanwhile_is_never_mixed(
+    service: Models, hosts: Hosts, bucket: Bucket
+) -> None:
+    command = download(f"{hosts.allowed}/breaking.pth?changes=1")
+    await service.send(command)
+    active = await service.wait_status(command.checkpoint_id, "Active", 60)
+    assert await bucket.read(active.files[0].key) == weights("Upscaler", 20 * MIB, "two")
+    assert await bucket.uploads(command.checkpoint_id) == []
+
+
+async def test_a_failed_download_can_be_tried_again(
+    service: Models, hosts: Hosts, gateway_bucket: Bucket, bucket: Bucket
+) -> None:
+    command = download(f"{hosts.allowed}/failing.pth?token=hush")
+    retry = models.RetryCheckpoint(checkpoint_id=command.checkpoint_id)
+    await service.send(command)
+    failed = await service.wait_status(command.checkpoint_id, "Failed")
+    assert "answered 404" in (failed.error or "")
+    again = await service.send(retry)
+    assert isinstance(again, models.CheckpointRetried), again
+    assert (again.status, again.error, again.names) == ("Creating", None, ["failing.pth"])
+    await service.wait_status(command.checkpoint_id, "Failed")
+    hosts.works = True
+    await service.send(retry)
+    active = await service.wait_status(command.checkpoint_id, "Active")
+    assert active.names == ["failing.pth"]
+    assert await bucket.keys(command.checkpoint_id) == [f"{key(command)}/failing.pth"]
+    code, text = await service.refused(retry)
+    assert (code, "it is Active" in text) == ("models.not_retriable", True)
+    # What was uploaded is gone, so there is nothing to try again.
+    broken = upload("broken.pt")
+    await uploaded(service, gateway_bucket, broken, {"broken.pt": b"nothing"})
+    code, text = await service.refused(models.RetryCheckpoint(checkpoint_id=broken.checkpoint_id))
+    assert (code, "upload it once more" in text) == ("models.not_retriable", True)
+    told = "".join(bytes(envelope.data).decode() for envelope, _ in service.events)
+    assert "failing.pth" in told
+    assert "hush" not in told
+
+
+# Looking at files
+
+
+def pickled(what: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(what, file)
+    return file.getvalue()
+
+
+async def test_what_a_file_is_stands_beside_it(service: Models, gateway_bucket: Bucket) -> None:
+    file = weights("Lora", 8 * MIB, "told")
+    lora = await uploaded(
+        service, gateway_bucket, upload("told.safetensors", type="Lora"), {"told.safetensors": file}
+    )
+    assert lora.status == "Active"
+    (found,) = lora.files
+    assert found.sha256 == hashlib.sha256(file).hexdigest()
+    assert found.kind
+    assert (found.kind.type, found.kind.title) == ("Lora", "a LoRA for SD 1.x")
+    assert (found.kind.rank, found.kind.format) == (4, "safetensors")
+    embedding = pickled({"string_to_param": {"*": torch.zeros(3, 768)}})
+    told = await uploaded(
+        service, gateway_bucket, upload("pickled.pt", type="embeddings"), {"pickled.pt": embedding}
+    )
+    assert told.files[0].kind
+    assert (told.files[0].kind.vectors, told.files[0].kind.format) == (3, "pickle")
+
+
+@pytest.mark.parametrize(
+    ("declared", "file", "told"),
+    [
+        ("Lora", weights("Stable-diffusion"), "declared as Lora and is a SD 1.x checkpoint"),
+        ("Stable-diffusion", weights("Lora"), "is a LoRA for SD 1.x (type Lora)"),
+        ("VAE", weights("ControlNet"), "(type ControlNet)"),
+        ("ControlNet", weights("Upscaler"), "is no model that is known here"),
+        ("Upscaler", weights("VAE"), "declared as Upscaler and is a VAE"),
+        ("rembg", weights("embeddings"), "(type embeddings)"),
+        ("rembg", b"<html>" * 100, "no ONNX model"),
+        ("Lora", weights("Lora")[:-1], "upload it again"),
+        ("Lora", b"PK" + bytes(100), "its ZIP can't be read"),
+    ],
+)
+async def test_what_is_not_what_it_was_declared_as_fails_and_leaves_nothing(
+    service: Models, gateway_bucket: Bucket, bucket: Bucket, declared: str, file: bytes, told: str
+) -> None:
+    command = upload("wrong.bin", type=declared)
+    failed = await uploaded(service, gateway_bucket, command, {"wrong.bin": file})
+    assert failed.status == "Failed"
+    assert failed.error
+    assert failed.error.startswith("wrong.bin: ")
+    assert told in failed.error
+    await eventually(lambda: bucket.keys(command.checkpoint_id), [])
+    again = await service.send(upload("wrong.bin", type=declared))
+    assert isinstance(again, models.CheckpointCreated), "its name is free"
+    await service.send(models.DeleteCheckpoints(checkpoint_ids=[again.checkpoint_id]))
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return os.system, ("touch /tmp/darkroom-was-here",)
+
+
+async def test_a_harmful_file_is_disabled_for_good(
+    service: Models, gateway_bucket: Bucket, bucket: Bucket
+) -> None:
+    evil = pickled({"state_dict": {"a": torch.zeros(3)}, "callbacks": Evil()})
+    command = upload("evil.ckpt")
+    refused = await uploaded(service, gateway_bucket, command, {"evil.ckpt": evil})
+    assert isinstance(refused, models.CheckpointRefused)
+    assert refused.status == "Disabled"
+    assert "evil.ckpt is a pickle that would run posix.system" in (refused.error or "")
+    assert not Path("/tmp/darkroom-was-here").exists()
+    assert await bucket.keys(command.checkpoint_id), "it can be looked at"
+    code, text = await service.refused(
+        models.SetCheckpointStatus(checkpoint_id=command.checkpoint_id, status="Active")
+    )
+    assert code == "models.refused"
+    assert "posix.system" in text
+    await service.send(models.DeleteCheckpoints(checkpoint_ids=[command.checkpoint_id]))
+    await eventually(lambda: bucket.keys(command.checkpoint_id), [])
+
+
+async def test_empty_parts_are_dropped(
+    service: Models, gateway_bucket: Bucket, bucket: Bucket
+) -> None:
+    command = upload("thin.pt", 4)
+    created = await service.send(command)
+    assert isinstance(created, models.CheckpointCreated)
+    target = created.multipart_upload["thin.pt"]
+    whole = weights("Stable-diffusion", 6 * MIB, "thin")
+    parts = whole[: 5 * MIB], b"", whole[5 * MIB :], b""
+    tags = [await gateway_bucket.put_part(target, n, part) for n, part in enumerate(parts, 1)]
+    await service.send(
+        models.CompleteCheckpoint(
+            checkpoint_id=command.checkpoint_id, multi_parts_tags={"thin.pt": tags}
+        )
+    )
+    active = await service.wait_status(command.checkpoint_id, "Active")
+    assert await bucket.read(active.files[0].key) == whole
+
+
+async def test_the_same_content_is_stored_once_and_outlives_either_name(
+    service: Models, gateway_bucket: Bucket, bucket: Bucket
+) -> None:
+    """Whichever of the twins goes first."""
+
+    async def twin(name: str, whole: bytes) -> Checkpoint:
+        return await uploaded(service, gateway_bucket, upload(name), {name: whole})
+
+    async def delete(checkpoint: Checkpoint) -> None:
+        await service.send(models.DeleteCheckpoints(checkpoint_ids=[checkpoint.checkpoint_id]))
+
+    for first_goes_first in (True, False):
+        whole = weights("Stable-diffusion", seed=f"twins {first_goes_first}")
+        first, second = await twin("first.pt", whole), await twin("second.pt", whole)
+        assert (first.names, second.names) == (["first.pt"], ["second.pt"])
+        (key,) = {file.key for file in (*first.files, *second.files)}
+        assert first.checkpoint_id in key
+        await eventually(partial(bucket.keys, second.checkpoint_id), [])
+        one, other = (first, second) if first_goes_first else (second, first)
+        await delete(one)
+        third = await twin("third.pt", whole)
+        assert third.files[0].key == key
+        await delete(other)
+        await asyncio.sleep(1.5)  # more than a sweep
+        assert await bucket.read(key) == whole
+        await delete(third)
+        await eventually(partial(bucket.keys, first.checkpoint_id), [])
+        again = await twin("fourth.pt", whole)
+        assert again.checkpoint_id in again.files[0].key
+        await delete(again)
+
+
+async def test_twins_that_come_at_the_same_time_are_one(
+    service: Models, hosts: Hosts, bucket: Bucket
+) -> None:
+    url = f"{hosts.allowed}/files/same.pth?size={9 * MIB}&n="
+    types = ("Upscaler", "hypernetworks")
+    commands = [download(f"{url}{type_}", type=type_) for type_ in types]
+    await asyncio.gather(*(service.send(command) for command in commands))
+    active = [await service.wait_status(c.checkpoint_id, "Active") for c in commands]
+    (key,) = {checkpoint.files[0].key for checkpoint in active}
+
+    async def keys() -> list[str]:
+        return [k for c in commands for k in await bucket.keys(c.checkpoint_id)]
+
+    await eventually(keys, [key])
+    await service.send(models.DeleteCheckpoints(checkpoint_ids=[c.checkpoint_id for c in commands]))
+    await eventually(keys, [])
+
+
+async def test_what_a_crash_leaves_of_a_deletion_is_removed_later(
+    stack: Stack, service: Models, gateway_bucket: Bucket, bucket: Bucket
+) -> None:
+    """Killed while S3 is away: the commit is done, the bytes are not."""
+    whole = weights("Stable-diffusion", seed="half deleted")
+    first = await uploaded(service, gateway_bucket, upload("h1.pt"), {"h1.pt": whole})
+    second = await uploaded(service, gateway_bucket, upload("h2.pt"), {"h2.pt": whole})
+    ids = [first.checkpoint_id, second.checkpoint_id]
+    pid = stack.kill("seaweedfs")
+    await service.send(models.DeleteCheckpoints(checkpoint_ids=ids[:1]))
+    await service.send(models.DeleteCheckpoints(checkpoint_ids=ids[1:]))
+    await asyncio.sleep(0.5)
+    service.kill()
+    await asyncio.to_thread(stack.wait_ready, "seaweedfs", other_than=pid)
+    assert await bucket.keys(first.checkpoint_id)
+    service.start()
+    await eventually(lambda: bucket.keys(first.checkpoint_id), [])
+
+
+async def test_an_upload_is_looked_at_even_if_the_service_dies_meanwhile(
+    service: Models, gateway_bucket: Bucket
+) -> None:
+    command = upload("survivor.pt")
+    created = await service.send(command)
+    assert isinstance(created, models.CheckpointCreated)
+    target = created.multipart_upload["survivor.pt"]
+    whole = weights("Stable-diffusion", 40 * MIB, "survivor")
+    parts = [whole[at : at + 10 * MIB] for at in range(0, len(whole), 10 * MIB)]
+    tags = [await gateway_bucket.put_part(target, n, part) for n, part in enumerate(parts, 1)]
+    await service.publish(
+        models.CompleteCheckpoint(
+            checkpoint_id=command.checkpoint_id, multi_parts_tags={"survivor.pt": tags}
+        )
+    )
+    await service.wait(lambda: service.last(command.checkpoint_id).version == 2, "completion")
+    service.kill()
+    service.start()
+    active = await service.wait_status(command.checkpoint_id, "Active")
+    assert active.files[0].sha256 == hashlib.sha256(whole).hexdigest()
+
+
+async def test_clean_pickles_can_be_converted(
+    service: Models, gateway_bucket: Bucket, bucket: Bucket
+) -> None:
+    tensors = {
+        "emb_params": torch.randn(5, 768).half(),
+    }
+    await service.stop()
+    service.start(DARKROOM_CONVERT_PICKLES="true")
+    command = upload("word.pt", type="embeddings")
+    active = await uploaded(service, gateway_bucket, command, {"word.pt": pickled(tensors)})
+    assert active.names == ["word.safetensors"]
+    (file,) = active.files
+    whole = await bucket.read(file.key)
+    assert file.sha256 == hashlib.sha256(whole).hexdigest()
+    assert file.kind
+    assert file.kind.format == "safetensors"
+    (loaded,) = safetensors.torch.load(whole).values()
+    assert torch.equal(loaded, tensors["emb_params"])
+    await eventually(lambda: bucket.keys(command.checkpoint_id), [file.key])
+    # What can't be copied as it is stays what it is: here, a tensor that does not lie in one piece.
+    turned = {"emb_params": torch.randn(768, 5).t()}
+    kept = await uploaded(
+        service, gateway_bucket, upload("t.pt", type="embeddings"), {"t.pt": pickled(turned)}
+    )
+    assert kept.names == ["t.pt"]
+    await service.stop()
+    service.start()
 
 
 def key(command: models.CreateCheckpoint) -> str:
@@ -656,7 +1006,12 @@ async def test_uploads_that_are_never_completed_expire(service: Models, bucket: 
     await bucket.client.create_multipart_upload(Bucket=MODELS_BUCKET, Key=foreign)
     command = upload("forgotten.pt")
     await service.send(command)
-    active = next(e for _, e in service.events if isinstance(e, models.CheckpointActivated))
+    active = next(
+        event
+        for _, event in service.events
+        if isinstance(event, models.CheckpointActivated)
+        and not service.last(event.checkpoint_id).deleted
+    )
     await service.stop()
     service.start(DARKROOM_UPLOAD_EXPIRES_HOURS="0.001")
     await service.wait(lambda: service.last(command.checkpoint_id).deleted, "expiry")

@@ -10,9 +10,11 @@ from litestar.openapi.datastructures import ResponseSpec
 from services.gateway import compat
 from services.gateway.auth import EVERYONE, Person
 from services.gateway.errors import ApiError
+from services.gateway.projections import is_settled
 from services.gateway.routes.answers import READ_ONE, WRITE, WRITE_ONE
 from services.gateway.schemas import (
     Answer,
+    CheckpointItem,
     Checkpoints,
     CheckpointType,
     CreateCheckpointBody,
@@ -25,14 +27,16 @@ from services.gateway.schemas import (
 )
 from services.gateway.state import Gateway, check_page
 from services.gateway.views import checkpoint_item, checkpoint_view
-from shared.contracts.envelope import Command
+from shared.contracts.envelope import Command, State
 from shared.contracts.models import (
+    CREATING,
     Checkpoint,
     CompleteCheckpoint,
     CreateCheckpoint,
     DeleteCheckpoints,
     PartTag,
     RenameCheckpoint,
+    RetryCheckpoint,
     SetCheckpointStatus,
     UploadFile,
 )
@@ -81,6 +85,20 @@ async def list_checkpoints(
         ),
         checkpoints=items if gateway.settings.esd_compat else msgspec.UNSET,
     )
+
+
+@get(
+    "/checkpoints/{id:str}", operation_id="GetCheckpoint", tags=["Checkpoints"], responses=READ_ONE
+)
+async def get_checkpoint(
+    request: Request[Any, Any, Any], gateway: Gateway, id: str
+) -> Answer[CheckpointItem]:
+    """One checkpoint: how far it is, and what was found out about its files."""
+    person = await gateway.authorize(request, "checkpoint:list")
+    checkpoint = await gateway.views.find_checkpoint(id)
+    if checkpoint is None or not person.may_use_checkpoint(checkpoint):
+        raise ApiError(404, f"checkpoint with id {id} not found")
+    return Answer(200, checkpoint_item(checkpoint))
 
 
 @post(
@@ -165,14 +183,17 @@ async def _presign_parts(gateway: Gateway, checkpoint: Checkpoint) -> dict[str, 
     tags=["Checkpoints"],
     responses={
         **WRITE_ONE,
-        202: ResponseSpec(UpdatedCheckpoint, description="Renamed"),
+        202: ResponseSpec(UpdatedCheckpoint, description="Renamed, or being downloaded again"),
     },
 )
 async def update_checkpoint(
     request: Request[Any, Any, Any], gateway: Gateway, data: UpdateCheckpointBody, id: str
 ) -> Response[UpdatedCheckpoint]:
-    """Completes an upload with the ETags of its parts, switches a checkpoint on or off, or
-    renames it."""
+    """Completes an upload with the ETags of its parts, switches a checkpoint on or off, renames it,
+    or downloads a failed one again.
+
+    A completed upload is looked at before it is Active. If that takes longer than this waits, the
+    answer says `Creating`: follow its events, or GET /checkpoints."""
     command = _update_command(id, data)
     existing = await gateway.views.find_checkpoint(id)
     compat.claim(request, existing.creator if existing else None, or_administrator=True)
@@ -182,8 +203,10 @@ async def update_checkpoint(
     _check_owner(person, existing)
     ticket = await gateway.ticket(request, person)
     await gateway.dispatcher.send(command, ticket)
+    if isinstance(command, CompleteCheckpoint):
+        await _wait_until_looked_at(gateway, id)
     view = checkpoint_view(await _get(gateway, id))
-    status = 202 if isinstance(command, RenameCheckpoint) else 200
+    status = 202 if isinstance(command, RenameCheckpoint | RetryCheckpoint) else 200
     updated = UpdatedCheckpoint(
         statusCode=status,
         headers={
@@ -195,6 +218,18 @@ async def update_checkpoint(
         data=OneCheckpoint(checkpoint=view),
     )
     return Response(updated, status_code=status)
+
+
+async def _wait_until_looked_at(gateway: Gateway, checkpoint_id: str) -> None:
+    """For a while. Raises ApiError 400 if its files are of no use."""
+    settled = gateway.projector.expect("checkpoint", checkpoint_id)
+    state: State | None = await gateway.views.find_checkpoint(checkpoint_id)
+    if state is None or is_settled(state):
+        settled.cancel()
+    else:
+        state = await gateway.projector.wait_for(settled, gateway.settings.upload_check_timeout)
+    if isinstance(state, Checkpoint) and not state.deleted and state.error:
+        raise ApiError(400, state.error)
 
 
 def _update_command(checkpoint_id: str, data: UpdateCheckpointBody) -> Command:
@@ -212,6 +247,8 @@ def _update_command(checkpoint_id: str, data: UpdateCheckpointBody) -> Command:
             for filename, parts in data.multi_parts_tags.items()
         }
         return CompleteCheckpoint(checkpoint_id=checkpoint_id, multi_parts_tags=tags)
+    if data.status == CREATING:
+        return RetryCheckpoint(checkpoint_id=checkpoint_id)
     return SetCheckpointStatus(checkpoint_id=checkpoint_id, status=data.status)
 
 
@@ -246,4 +283,10 @@ def _text(value: object) -> str | None:
     return value if isinstance(value, str) else None
 
 
-ROUTES = [list_checkpoints, create_checkpoint, update_checkpoint, delete_checkpoints]
+ROUTES = [
+    list_checkpoints,
+    get_checkpoint,
+    create_checkpoint,
+    update_checkpoint,
+    delete_checkpoints,
+]

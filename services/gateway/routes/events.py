@@ -54,8 +54,8 @@ async def follow_events(request: Request[Any, Any, Any], gateway: Gateway) -> St
 
     `event` is the message type (`inference.job_succeeded.v1`), `data` a CloudEvents envelope whose
     `data` is the full state. Without an id, and so never told again: `event: progress` with the
-    steps of running jobs, and `event: preview` with a small picture (`media_type`; `image` in
-    base64) of how far one is."""
+    steps of running jobs and the bytes of checkpoints on their way in, and `event: preview` with a
+    small picture (`media_type`; `image` in base64) of how far a job is."""
     person = await gateway.authorize(request, None)
     after = _last_event_id(request)
     return _stream(gateway.hub.stream(person, after=after))

@@ -151,7 +151,7 @@ async def _resolve(
                 continue
             checkpoint = await gateway.views.find_checkpoint_by_name(type_, name, person)
             if checkpoint is None:
-                raise ApiError(404, f"checkpoint with name {name}, type {type_} is not found")
+                raise _no_checkpoint(name, type_)
             file = checkpoint.files[checkpoint.names.index(name)]
             models.append(
                 UsedModel(
@@ -161,6 +161,7 @@ async def _resolve(
                     bucket=checkpoint.bucket,
                     key=file.key,
                     size=file.size,
+                    sha256=file.sha256,
                 )
             )
             checkpoints.append(checkpoint)
@@ -196,7 +197,21 @@ async def start_inference(
     return await _start(gateway, person, job, await gateway.ticket(request, person))
 
 
+async def _check_models(gateway: Gateway, person: Person, job: Job) -> None:
+    """What the job was created with may be out of the person's reach by now."""
+    for model in job.models:
+        if model.checkpoint_id:
+            checkpoint = await gateway.views.find_checkpoint(model.checkpoint_id)
+            if checkpoint is None or not person.may_use_checkpoint(checkpoint):
+                raise _no_checkpoint(model.name, model.type)
+
+
+def _no_checkpoint(name: str, type_: str) -> ApiError:
+    return ApiError(404, f"checkpoint with name {name}, type {type_} is not found")
+
+
 async def _start(gateway: Gateway, person: Person, job: Job, ticket: Ticket) -> Response[Any]:
+    await _check_models(gateway, person, job)
     endpoints = [
         endpoint
         for endpoint in await gateway.views.list_endpoints()
@@ -223,12 +238,13 @@ async def _start(gateway: Gateway, person: Person, job: Job, ticket: Ticket) -> 
 
 async def _wait(gateway: Gateway, job_id: str) -> Job | None:
     """The finished job. Asks the table after it has begun to listen, so that no end is missed."""
-    ended = gateway.projector.expect_job(job_id)
+    ended = gateway.projector.expect("job", job_id)
     job = await gateway.views.find_job(job_id)
     if job and job.status in FINISHED:
         ended.cancel()
         return job
-    return await gateway.projector.wait_for(ended, gateway.settings.realtime_timeout)
+    finished = await gateway.projector.wait_for(ended, gateway.settings.realtime_timeout)
+    return finished if isinstance(finished, Job) else None
 
 
 @put(

@@ -143,12 +143,12 @@ class CheckpointStore:
             list(keep),
         )
 
-    # Downloads: each belongs to one process at a time, by a lease that it keeps renewing.
+    # Taking in: each belongs to one process at a time, by a lease that it keeps renewing.
 
-    async def lease_downloads(
+    async def lease_intake(
         self, holder: str, *, seconds: float, limit: int, running: Collection[str]
     ) -> list[Checkpoint]:
-        """Takes over downloads that nobody works on: new ones, and those of a dead process."""
+        """Takes over checkpoints that nobody works on: new ones, and those of a dead process."""
         rows = await self._conn.fetch(
             """
             UPDATE checkpoints SET
@@ -174,7 +174,7 @@ class CheckpointStore:
     async def renew_leases(
         self, holder: str, checkpoint_ids: Collection[str], *, seconds: float
     ) -> set[str]:
-        """Returns those that are still to be downloaded, and by this holder."""
+        """Returns those that are still to be taken in, and by this holder."""
         rows = await self._conn.fetch(
             """
             UPDATE checkpoints SET lease_until = now() + make_interval(secs => $3)
@@ -233,6 +233,18 @@ class CheckpointStore:
     async def mark_bytes_deleted(self, checkpoint_id: str) -> None:
         await self._conn.execute(
             "UPDATE checkpoints SET bytes_deleted = true WHERE checkpoint_id = $1", checkpoint_id
+        )
+
+    async def begin_again(self, checkpoint_id: str) -> bool:
+        """False while bytes of a failed attempt are left, which are about to be removed."""
+        return bool(
+            await self._conn.fetchval(
+                """
+                UPDATE checkpoints SET bytes_deleted = false, lease_by = NULL, lease_until = NULL
+                WHERE checkpoint_id = $1 AND bytes_deleted RETURNING true
+                """,
+                checkpoint_id,
+            )
         )
 
     async def lock_expired(self, before: datetime, limit: int) -> list[Checkpoint]:

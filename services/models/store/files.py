@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence, Set
 from datetime import datetime
 
+import aiohttp
 import msgspec
 from botocore.exceptions import BotoCoreError, ClientError
 
@@ -22,7 +24,8 @@ from shared.objects import Objects, checkpoint_prefix
 log = get_logger(__name__)
 
 PART_BYTES = 8 * 1024**2
-"""A download holds up to three of these in memory: one is read, one waits, one is stored."""
+PARTS_AT_ONCE = 3
+"""A file on its way holds two more of them in memory: one is read, one waits."""
 MAX_BYTES = PART_BYTES * MAX_PARTS
 
 GONE = ("NoSuchUpload", "404", "NotFound")
@@ -40,7 +43,7 @@ def _answering() -> Iterator[None]:
     """What the object store refuses stays an error: that is a bug or a wrong permission."""
     try:
         yield
-    except BotoCoreError as error:
+    except (BotoCoreError, aiohttp.ClientError) as error:
         raise Retry(f"object store away: {type(error).__name__}") from error
     except ClientError as error:
         if error.response["ResponseMetadata"]["HTTPStatusCode"] >= 500:
@@ -131,30 +134,65 @@ class FileStore:
         """Stores a stream of unknown length as one object and returns its size in bytes. Nothing
         stays behind if the stream breaks. Raises ValueError for an empty stream."""
         upload_id = await self._begin(key)
+        under_way: deque[asyncio.Task[dict[str, object]]] = deque()
+        parts: list[dict[str, object]] = []
+        size = 0
         try:
-            parts: list[dict[str, object]] = []
-            size = 0
             async with contextlib.aclosing(_ahead(_blocks(chunks))) as blocks:
                 async for block in blocks:
                     size += len(block)
-                    parts.append(await self._put_part(key, upload_id, len(parts) + 1, block))
+                    number = len(parts) + len(under_way) + 1
+                    put = self._put_part(key, upload_id, number, block)
+                    under_way.append(asyncio.create_task(put))
+                    if len(under_way) == PARTS_AT_ONCE:
+                        parts.append(await under_way.popleft())
+            while under_way:
+                parts.append(await under_way.popleft())
             if not parts:
                 raise ValueError("empty")
             await self._complete(key, upload_id, parts)
         except BaseException:
+            for task in under_way:
+                task.cancel()
+            await asyncio.gather(*under_way, return_exceptions=True)
             await self._abort_at_any_price(key, upload_id)
             raise
         return size
 
-    async def remove(self, checkpoint: Checkpoint) -> None:
-        """Everything under the checkpoint's own prefix: open uploads and objects."""
+    async def read(self, key: str, size: int) -> AsyncIterator[bytes]:
+        """The whole object, block by block."""
+
+        async def blocks() -> AsyncIterator[bytes]:
+            for start in range(0, size, PART_BYTES):
+                yield await self.read_range(key, start, min(start + PART_BYTES, size))
+
+        async with contextlib.aclosing(_ahead(blocks())) as ahead:
+            async for block in ahead:
+                yield block
+
+    async def read_range(self, key: str, start: int, end: int) -> bytes:
+        """Bytes from `start` to before `end`."""
+        with _answering():
+            response = await self._objects.client.get_object(
+                Bucket=self.bucket, Key=key, Range=f"bytes={start}-{end - 1}"
+            )
+            async with response["Body"] as body:
+                data: bytes = await body.read()
+                return data
+
+    async def delete(self, key: str) -> None:
+        with _answering():
+            await self._objects.client.delete_object(Bucket=self.bucket, Key=key)
+
+    async def remove(self, checkpoint: Checkpoint, *, keep: Set[str] = frozenset()) -> None:
+        """Everything under the checkpoint's own prefix but `keep`: open uploads and objects."""
         await self.abort_uploads(checkpoint)
         prefix = f"{checkpoint_prefix(checkpoint.type, checkpoint.checkpoint_id)}/"
         with _answering():
             # An object that could not be deleted is no error in S3's answer: look again.
             if await self._objects.delete_prefix(
-                self.bucket, prefix
-            ) and await self._objects.delete_prefix(self.bucket, prefix):
+                self.bucket, prefix, keep=keep
+            ) and await self._objects.delete_prefix(self.bucket, prefix, keep=keep):
                 raise Retry(f"objects remain under {prefix}")
 
     async def list_uploads(self, *, before: datetime) -> list[OpenUpload]:

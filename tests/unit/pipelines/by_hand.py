@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from services.inference.worker.pipelines.models.components import TOKENIZER
-from services.inference.worker.pipelines.models.families import REFINER, SD1, SDXL
+from shared.weights.kinds import REFINER, SD1, SDXL
 from tests.unit.pipelines.bench import SIDE, USUAL, Pixels
 from tests.unit.pipelines.tiny import Tiny
 

@@ -25,9 +25,9 @@ from services.inference.worker.pipelines.compiling import CompiledUNets, Shape, 
 from services.inference.worker.pipelines.denoising import Evaluator, Rows
 from services.inference.worker.pipelines.engine import Engine
 from services.inference.worker.pipelines.memory import Memory
-from services.inference.worker.pipelines.models.families import SD1
 from services.inference.worker.settings import EngineOptions
 from shared.contracts.inference import RunJob, UsedModel
+from shared.weights.kinds import SD1
 
 NAME = CHECKPOINT.name
 

@@ -30,17 +30,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from services.inference.worker.pipelines import JobFailure
 from services.inference.worker.pipelines.models import layouts
 from services.inference.worker.pipelines.models.checkpoints import Checkpoint
-from services.inference.worker.pipelines.models.families import (
-    REFINER,
-    SD1,
-    SD2,
-    SDXL,
-    STANDARD,
-    TEXT_PREFIXES,
-    Kind,
-    recognise,
-)
-from services.inference.worker.pipelines.models.files import Header, ModelFile
+from services.inference.worker.pipelines.models.families import STANDARD, TEXT_PREFIXES
+from services.inference.worker.pipelines.models.files import ModelFile
+from shared.weights.headers import Header, TensorSpec
+from shared.weights.kinds import REFINER, SD1, SD2, SDXL, Kind, recognise
 from tests.unit.pipelines import tiny
 from tests.unit.pipelines.bench import Bench, worst
 from tests.unit.pipelines.conftest import Checkpoints
@@ -263,7 +256,7 @@ KINDS: list[tuple[dict[str, tuple[int, ...]], str, str]] = [
 def test_other_models_are_known_for_what_they_are(
     shapes: dict[str, tuple[int, ...]], type_: str, family: str
 ) -> None:
-    kind = recognise(Header(shapes))
+    kind = recognise(Header({name: TensorSpec("F16", shape) for name, shape in shapes.items()}))
     assert (kind.type, kind.family) == (type_, family)
 
 
@@ -301,7 +294,7 @@ FOREIGN: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
         "an InstructPix2Pix checkpoint",
     ),
     "depth": ({f"{UNET}input_blocks.0.0.weight": (320, 5, 3, 3)}, "5 channels"),
-    "something else": ({"classifier.weight": (10, 2)}, "no Stable Diffusion checkpoint"),
+    "something else": ({"classifier.weight": (10, 2)}, "no model that is known here"),
 }
 
 
@@ -331,13 +324,13 @@ def test_damaged_files_are_told_apart(
         path.unlink()
 
     path.write_bytes(whole.read_bytes()[:-1000])
-    refused(f"{name} has .* upload it again")
+    refused(f"{name}: it has .* upload it again")
     path.write_bytes(os.urandom(4096))
-    refused(f"{name} is no safetensors file")
+    refused(f"{name}: it is no safetensors file")
     path.write_bytes(b"")
-    refused(f"{name} is no safetensors file")
+    refused(f"{name}: it is no safetensors file")
     path.write_bytes((50).to_bytes(8, "little") + b"{" * 50)
-    refused(f"the header of {path.name} can't be read")
+    refused(f"{name}: its header can't be read")
     model.save(path, {key: tensor for key, tensor in tensors.items() if key != LOST})
     refused(f"the unet in {path.name} lacks 1 tensors, .*norm1.weight")
     model.save(path, {**tensors, LOST: torch.zeros(3)})
@@ -422,7 +415,7 @@ def test_a_harmless_pickle_paints_as_its_safetensors(
 
     def told(file: ModelFile, path: Path, name: str) -> None:
         read(file, path, name)
-        file.header = Header(file.header.shapes, configs)
+        file.header = Header(file.header.tensors, configs)
 
     monkeypatch.setattr(ModelFile, "__init__", told)
     seen = bench.paint(pickled)
@@ -478,7 +471,9 @@ def test_a_pickle_that_is_cut_off_is_refused(
     path = tmp_path / "cut.ckpt"
     for whole in (zipped, of_old_torch):
         path.write_bytes(whole(checkpoints["SD 1.x"][0].tensors())[:-5000])
-        with pytest.raises(JobFailure, match=r"cut.ckpt is refused: it is a pickle that can't be"):
+        with pytest.raises(
+            JobFailure, match=r"broken checkpoint: cut.ckpt: (its ZIP|it was cut off)"
+        ):
             bench.paint(path)
 
 

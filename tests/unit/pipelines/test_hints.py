@@ -15,8 +15,8 @@ from PIL import Image, ImageDraw
 from services.inference.worker.pipelines import JobFailure, hints
 from services.inference.worker.pipelines.controlling import Controls
 from services.inference.worker.pipelines.library import Models
-from services.inference.worker.pipelines.models.families import SD1, SD2
 from services.inference.worker.pipelines.params.control import ControlUnit
+from shared.weights.kinds import SD1, SD2
 from tests.unit.pipelines import small
 from tests.unit.pipelines.easel import DEMO, Easel, Model, base64_of, job_of
 

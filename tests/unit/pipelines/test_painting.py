@@ -17,9 +17,9 @@ from PIL import ExifTags, Image, ImageDraw
 
 from services.inference.worker.pipelines import JobFailure
 from services.inference.worker.pipelines.models.families import configs_of
-from services.inference.worker.pipelines.models.files import Header
 from services.inference.worker.pipelines.pictures.infotext import VERSION
 from services.inference.worker.pipelines.sampling.names import SAMPLERS
+from shared.weights.headers import Header, TensorSpec
 from tests.unit.pipelines import small
 from tests.unit.pipelines.easel import (
     CHECKPOINT,
@@ -747,9 +747,9 @@ def test_broken_checkpoints_are_told_apart(easel: Easel, tmp_path: Path) -> None
         ("embedding", r"x.ckpt is a textual inversion embedding; a checkpoint of"),
         ("vae", r"x.ckpt is a VAE; a checkpoint of"),
         ("control", r"x.ckpt is a ControlNet for SD 1.x; a checkpoint of"),
-        ("garbage", r"broken checkpoint: x.ckpt is no safetensors file \(4096 bytes\)"),
-        ("cut", r"broken checkpoint: x.ckpt has .* upload it again"),
-        ("empty", r"broken checkpoint: x.ckpt is no safetensors file \(0 bytes\)"),
+        ("garbage", r"broken checkpoint: x.ckpt: it is no safetensors file \(4096 bytes\)"),
+        ("cut", r"broken checkpoint: x.ckpt: it has .* upload it again"),
+        ("empty", r"broken checkpoint: x.ckpt: it is no safetensors file \(0 bytes\)"),
     ):
         with pytest.raises(JobFailure, match=reason):
             easel.paint(("Stable-diffusion", "x.ckpt", tmp_path / name))
@@ -764,10 +764,9 @@ def test_a_model_file_can_not_choose_code_or_sizes() -> None:
             "scheduler": {},
             "text_encoder": {"hidden_size": 48, **text_encoder},
         }
-        names: dict[str, tuple[int, ...]] = {
-            "model.diffusion_model.input_blocks.0.0.weight": (4, 4, 3, 3)
-        }
-        return Header(names, {"darkroom.config": json.dumps(own)})
+        first = TensorSpec("F16", (4, 4, 3, 3))
+        tensors = {"model.diffusion_model.input_blocks.0.0.weight": first}
+        return Header(tensors, {"darkroom.config": json.dumps(own)})
 
     _, configs = configs_of(header(attn_implementation="org/kernel"), "x.safetensors")
     assert configs.text_encoder == {"hidden_size": 48}

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageChops, ImageDraw, ImageFilter
 
 from services.inference.worker.pipelines import JobFailure
-from services.inference.worker.pipelines.models.families import SD1, SDXL, STANDARD
+from services.inference.worker.pipelines.models.families import STANDARD
 from services.inference.worker.pipelines.pictures import masks, previews
 from services.inference.worker.pipelines.pictures.files import (
     Format,
@@ -36,6 +36,7 @@ from services.inference.worker.pipelines.pictures.infotext import (
     param_json,
 )
 from services.inference.worker.pipelines.pictures.previews import Mixes, fit_mix
+from shared.weights.kinds import SD1, SDXL
 from tests.unit.pipelines.easel import DEMO, NAME, Easel, base64_of, pixels_of, read_back
 
 RED, GREEN, BLUE, WHITE, BLACK = (

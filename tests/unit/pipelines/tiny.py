@@ -21,13 +21,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from services.inference.worker.pipelines.models import layouts
-from services.inference.worker.pipelines.models.families import (
-    REFINER,
-    SD1,
-    SD2,
-    SDXL,
-    TEXT_PREFIXES,
-)
+from services.inference.worker.pipelines.models.families import TEXT_PREFIXES
+from shared.weights.kinds import REFINER, SD1, SD2, SDXL
 
 Tensors = dict[str, Tensor]
 Config = dict[str, Any]

@@ -17,15 +17,9 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from services.inference.worker.pipelines.models.components import Place
-from services.inference.worker.pipelines.models.families import (
-    REFINER,
-    SD1,
-    SD2,
-    SDXL,
-    STANDARD,
-    Configs,
-)
+from services.inference.worker.pipelines.models.families import STANDARD, Configs
 from shared.logs import get_logger
+from shared.weights.kinds import REFINER, SD1, SD2, SDXL
 
 log = get_logger(__name__)
 

@@ -14,7 +14,6 @@ from PIL import Image
 from services.inference.worker.pipelines import JobFailure, hints
 from services.inference.worker.pipelines.denoising import Control
 from services.inference.worker.pipelines.library import Library, Models
-from services.inference.worker.pipelines.models.families import recognise
 from services.inference.worker.pipelines.models.files import ModelFile
 from services.inference.worker.pipelines.params.control import (
     CONTROL_MODES,
@@ -25,6 +24,7 @@ from services.inference.worker.pipelines.params.reading import short
 from services.inference.worker.pipelines.pictures.files import read_picture
 from services.inference.worker.pipelines.pictures.fitting import fit
 from services.inference.worker.pipelines.pictures.masks import Box
+from shared.weights.kinds import recognise
 
 CONTROLNET = "ControlNet"
 BALANCED, PROMPT_FIRST, CONTROL_FIRST = range(3)

@@ -44,7 +44,7 @@ from services.inference.worker.pipelines.denoising import (
 from services.inference.worker.pipelines.enlarging import Upscaler, find_upscaler
 from services.inference.worker.pipelines.library import Library, Models, Shelved, receipt, stem_of
 from services.inference.worker.pipelines.models.checkpoints import Checkpoint, set_tiling
-from services.inference.worker.pipelines.models.families import REFINER, SDXL, configs_of
+from services.inference.worker.pipelines.models.families import configs_of
 from services.inference.worker.pipelines.models.files import ModelFile
 from services.inference.worker.pipelines.models.networks import Worn
 from services.inference.worker.pipelines.params.painting import (
@@ -84,6 +84,7 @@ from services.inference.worker.pipelines.sampling.samplers import Options, Run
 from services.inference.worker.pipelines.sampling.schedules import Sigmas
 from services.inference.worker.pipelines.stopwatch import Stopwatch
 from shared.contracts.inference import RunJob
+from shared.weights.kinds import REFINER, SDXL
 
 CHECKPOINT, VAE, LORA, EMBEDDING = "Stable-diffusion", "VAE", "Lora", "embeddings"
 MOST_STEPS = 1000

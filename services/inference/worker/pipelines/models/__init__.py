@@ -1,7 +1,7 @@
 """models: what lies in model files, and what is kept of them in memory.
 
 files.py         safetensors and scanned pickles: names, shapes, tensors, SHA-256
-families.py      what a model file is, told from its names and shapes; the configs of each family
+families.py      the configs of each family, and of a file
 layouts.py       diffusers' names of tensors -> those of the original files
 components.py    a UNet, a VAE, text encoders, a ControlNet, filled with the tensors of a file
 checkpoints.py   whole checkpoints

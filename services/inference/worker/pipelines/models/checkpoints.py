@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal
 
 import torch
@@ -12,15 +11,14 @@ from services.inference.worker.pipelines import JobFailure
 from services.inference.worker.pipelines.models import components
 from services.inference.worker.pipelines.models.components import Place, TextEncoder
 from services.inference.worker.pipelines.models.families import (
-    SD2,
     Configs,
-    Kind,
     configs_of,
     tells_prediction,
 )
 from services.inference.worker.pipelines.models.files import ModelFile
 from services.inference.worker.pipelines.models.networks import Wardrobe
 from services.inference.worker.pipelines.sampling.schedules import NoiseSchedule
+from shared.weights.kinds import SD2, Kind
 
 
 class Checkpoint:
@@ -79,7 +77,7 @@ class Checkpoint:
 
 def size_of_file(file: ModelFile, place: Place) -> int:
     """Bytes that a model file will take in memory."""
-    return sum(map(math.prod, file.header.shapes.values())) * place.dtype.itemsize
+    return file.header.parameters * place.dtype.itemsize
 
 
 @torch.no_grad()

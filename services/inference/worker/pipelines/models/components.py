@@ -27,15 +27,14 @@ from transformers import (
 from services.inference.worker.pipelines import JobFailure
 from services.inference.worker.pipelines.models import layouts
 from services.inference.worker.pipelines.models.families import (
-    SDXL,
     STANDARD,
     TEXT_PREFIXES,
     Configs,
     controlnet_config,
-    recognise,
 )
 from services.inference.worker.pipelines.models.files import ModelFile
 from services.inference.worker.pipelines.models.layouts import Source, SourceOf
+from shared.weights.kinds import SDXL, recognise
 
 TOKENIZER = Path(__file__).parent.parent / "tokenizer"
 
@@ -86,9 +85,9 @@ def load_unet(file: ModelFile, tensors: Tensors, configs: Configs, place: Place)
 def load_vae(file: ModelFile, tensors: Tensors, config: Mapping[str, Any], place: Place) -> Any:
     """From a whole checkpoint, or from a file that is a VAE in either layout."""
     source_of: SourceOf
-    if "encoder.conv_norm_out.weight" in file.header.shapes:
+    if "encoder.conv_norm_out.weight" in file.header.tensors:
         source_of, prefix = _same, ""
-    elif "encoder.conv_in.weight" in file.header.shapes:
+    elif "encoder.conv_in.weight" in file.header.tensors:
         source_of, prefix = layouts.vae_sources(config, ""), ""
     else:
         source_of, prefix = layouts.vae_sources(config), layouts.VAE
@@ -106,7 +105,7 @@ def load_vae(file: ModelFile, tensors: Tensors, config: Mapping[str, Any], place
 
 
 def has_vae(file: ModelFile) -> bool:
-    return any(name.startswith(layouts.VAE) for name in file.header.shapes)
+    return any(name.startswith(layouts.VAE) for name in file.header.tensors)
 
 
 def load_text_encoders(
@@ -137,7 +136,7 @@ def load_text_encoders(
             )
         )
     if configs.text_encoder_2 is not None:
-        projected = f"{open_clip_prefix}text_projection" in file.header.shapes
+        projected = f"{open_clip_prefix}text_projection" in file.header.tensors
         pooled = configs.text_encoder is not None or family != "SD 2.x"
         if pooled and not projected:
             raise JobFailure(
@@ -173,7 +172,7 @@ def load_controlnet(file: ModelFile, place: Place) -> Any:
     own = controlnet_config(file.header, file.name)
     if kind.type != "ControlNet" or not (kind.family or own):
         raise JobFailure(f"{file.name} is {kind.title}; a ControlNet is needed here")
-    shapes = file.header.shapes
+    shapes = file.header.tensors
     config = _half_of_unet(own or STANDARD[kind.family].unet)
     # "Shuffle" was trained to tell of colors and not of places; nothing in its tensors says so.
     config["global_pool_conditions"] = "shuffle" in file.name.lower()

@@ -1,4 +1,4 @@
-"""What a model file is, told from the names and shapes in it, and the configs of each family.
+"""The configs of each family, and of a file.
 
 The standard configs are facts about the published architectures: the parameter counts they give are
 the published ones (a test adds them up). Tensors tell neither how many heads an attention has nor
@@ -13,13 +13,8 @@ from typing import Any
 import msgspec
 
 from services.inference.worker.pipelines import JobFailure
-from services.inference.worker.pipelines.models.files import Header
-
-SD1, SD2, SDXL, REFINER = "SD 1.x", "SD 2.x", "SDXL", "SDXL refiner"
-FAMILIES = (SD1, SD2, SDXL, REFINER)
-
-_UNET = "model.diffusion_model."
-_XL_TEXT = ("conditioner.embedders.0.", "conditioner.embedders.1.")
+from shared.weights.headers import Header
+from shared.weights.kinds import FAMILIES, REFINER, SD1, SD2, SDXL, UNET, Kind, recognise
 
 
 class Configs(msgspec.Struct, frozen=True):
@@ -31,16 +26,6 @@ class Configs(msgspec.Struct, frozen=True):
     scheduler: dict[str, Any]
     text_encoder: dict[str, Any] | None = None
     text_encoder_2: dict[str, Any] | None = None
-
-
-class Kind(msgspec.Struct, frozen=True):
-    """What a file is. `family` is empty where it is of no family, or of one that is not known
-    here; `title` says it in words. `inpainting`: its UNet is also given a mask and a picture."""
-
-    type: str
-    title: str
-    family: str = ""
-    inpainting: bool = False
 
 
 _SCHEDULER = {
@@ -172,91 +157,6 @@ TEXT_PREFIXES: dict[str, tuple[str, str]] = {
 """Where the text encoders of a family lie in its files: OpenAI's, OpenCLIP."""
 
 
-def recognise(header: Header) -> Kind:
-    """What a file is, whoever named it what."""
-    for found in (_other_kind(header), _part(header)):
-        if found is not None:
-            return found
-    if not _begins(header, _UNET + "input_blocks.0.0."):
-        return Kind("", "no Stable Diffusion checkpoint")
-    channels = header.shapes.get(_UNET + "input_blocks.0.0.weight", (0, 4))[1]
-    family = _family(header)
-    if channels not in (4, 9):
-        what = "an InstructPix2Pix" if channels == 8 else f"a {family} ({channels} channels)"
-        return Kind("Stable-diffusion", f"{what} checkpoint")
-    inpainting = " inpainting" if channels == 9 else ""
-    title = f"a {family}{inpainting} checkpoint"
-    return Kind("Stable-diffusion", title, family, inpainting=channels == 9)
-
-
-def _begins(header: Header, *prefixes: str) -> bool:
-    return any(name.startswith(prefixes) for name in header.shapes)
-
-
-def _has(header: Header, *parts: str) -> bool:
-    return any(part in name for name in header.shapes for part in parts)
-
-
-def _other_kind(header: Header) -> Kind | None:
-    if _has(
-        header, "lora_down", "lora_up", "lora_A.", "lora.down", "hada_w1", "lokr_w", "oft_blocks"
-    ):
-        family = network_family(header)
-        return Kind("Lora", f"a LoRA for {family}" if family else "a LoRA", family)
-    if _has(header, "input_hint_block", "controlnet_cond_embedding"):
-        family = _controlnet_family(header)
-        return Kind("ControlNet", f"a ControlNet for {family or 'no family known here'}", family)
-    if _begins(header, "emb_params", "string_to_param") or {"clip_g", "clip_l"} <= {*header.shapes}:
-        return Kind("embeddings", "a textual inversion embedding")
-    if _begins(header, _UNET + "joint_blocks", "joint_blocks"):
-        return Kind("Stable-diffusion", "a Stable Diffusion 3 checkpoint")
-    if _has(header, "double_blocks.0."):
-        return Kind("Stable-diffusion", "a Flux checkpoint")
-    if _begins(header, "down_blocks.0.") and _has(header, "attn2"):
-        title = "a UNet in diffusers' own layout and not a single-file checkpoint"
-        return Kind("Stable-diffusion", title)
-    return None
-
-
-def _part(header: Header) -> Kind | None:
-    vae = ("encoder.conv_in.", "decoder.conv_in.", "first_stage_model.")
-    if not _begins(header, _UNET) and _begins(header, *vae):
-        return Kind("VAE", "a VAE")
-    return None
-
-
-def _family(header: Header) -> str:
-    if _begins(header, _XL_TEXT[1]):
-        return SDXL
-    if _begins(header, _XL_TEXT[0]):
-        return REFINER
-    if _begins(header, "cond_stage_model.model."):
-        return SD2
-    return SD1
-
-
-_BY_CONTEXT = {768: SD1, 1024: SD2, 2048: SDXL, 1280: REFINER}
-
-
-def network_family(header: Header) -> str:
-    """For what a LoRA was made, by the width of the text that its attention looks at; empty if it
-    does not tell."""
-    if _begins(header, "lora_te2_", "lora_te1_"):
-        return SDXL
-    for name, shape in header.shapes.items():
-        looks = "attn2" in name and ("to_k" in name or "to_v" in name)
-        if looks and name.endswith(("lora_down.weight", "lora_A.weight", "lora.down.weight")):
-            return _BY_CONTEXT.get(shape[1], "")
-    return ""
-
-
-def _controlnet_family(header: Header) -> str:
-    for name, shape in header.shapes.items():
-        if name.endswith("attn2.to_k.weight"):
-            return _BY_CONTEXT.get(shape[1], "")
-    return ""
-
-
 def configs_of(header: Header, name: str) -> tuple[Kind, Configs]:
     """The configs in the file's own metadata, else those of its family. Raises JobFailure for a
     file that can't be run as a checkpoint, and says what it is."""
@@ -271,9 +171,9 @@ def configs_of(header: Header, name: str) -> tuple[Kind, Configs]:
     if own is not None:
         return kind, _own_configs(own, standard, name)
     unet = {**standard.unet, "in_channels": 9 if kind.inpainting else 4}
-    guided = header.shapes.get(_UNET + "time_embed.cond_proj.weight")
+    guided = header.tensors.get(UNET + "time_embed.cond_proj.weight")
     if guided:  # a latent consistency model that is told its guidance
-        unet["time_cond_proj_dim"] = guided[1]
+        unet["time_cond_proj_dim"] = guided.shape[1]
     scheduler = {**_SCHEDULER, **_prediction(header)}
     return kind, msgspec.structs.replace(standard, unet=unet, scheduler=scheduler)
 
@@ -281,7 +181,7 @@ def configs_of(header: Header, name: str) -> tuple[Kind, Configs]:
 def tells_prediction(header: Header) -> bool:
     """Whether a file says itself what its UNet predicts; SD 2.x files usually do not."""
     return (
-        "v_pred" in header.shapes
+        "v_pred" in header.tensors
         or "darkroom.config" in header.metadata
         or "modelspec.prediction_type" in header.metadata
     )
@@ -289,10 +189,10 @@ def tells_prediction(header: Header) -> bool:
 
 def _prediction(header: Header) -> dict[str, Any]:
     told = header.metadata.get("modelspec.prediction_type", "")
-    predicts_v = told in ("v", "v_prediction") or "v_pred" in header.shapes
+    predicts_v = told in ("v", "v_prediction") or "v_pred" in header.tensors
     return {
         "prediction_type": "v_prediction" if predicts_v else "epsilon",
-        "rescale_betas_zero_snr": "ztsnr" in header.shapes,
+        "rescale_betas_zero_snr": "ztsnr" in header.tensors,
     }
 
 

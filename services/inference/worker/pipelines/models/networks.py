@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from services.inference.worker.pipelines import JobFailure
 from services.inference.worker.pipelines.models import layouts
 from services.inference.worker.pipelines.models.components import TextEncoder
-from services.inference.worker.pipelines.models.families import network_family, recognise
 from services.inference.worker.pipelines.models.files import ModelFile
+from shared.weights.kinds import network_family, recognise
 
 Parts = dict[str, Tensor]
 """What a network has for one module: `lora_down.weight`, `alpha`, …"""
@@ -51,7 +51,7 @@ class NetworkFile:
     def __init__(self, file: ModelFile) -> None:
         kind = recognise(file.header)
         known = kind.type == "Lora" or any(
-            key.endswith((".diff", ".diff_b", ".on_input")) for key in file.header.shapes
+            key.endswith((".diff", ".diff_b", ".on_input")) for key in file.header.tensors
         )
         if not known:
             raise JobFailure(f"{file.name} is {kind.title}; a LoRA is needed here")

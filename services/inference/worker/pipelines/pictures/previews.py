@@ -11,7 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from services.inference.worker.pipelines.models.checkpoints import Checkpoint
-from services.inference.worker.pipelines.models.families import REFINER, SDXL, STANDARD
+from services.inference.worker.pipelines.models.families import STANDARD
+from shared.weights.kinds import REFINER, SDXL
 
 MEDIA_TYPE = "image/jpeg"
 MOST_SIDE = 192

@@ -1,0 +1,195 @@
+"""What a file of weights is, told from the names and shapes in it, whoever named it what."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import msgspec
+
+from shared.weights.headers import Header, TensorSpec
+
+SD1, SD2, SDXL, REFINER = "SD 1.x", "SD 2.x", "SDXL", "SDXL refiner"
+FAMILIES = (SD1, SD2, SDXL, REFINER)
+
+UNET = "model.diffusion_model."
+_XL_TEXT = ("conditioner.embedders.0.", "conditioner.embedders.1.")
+
+
+class Kind(msgspec.Struct, frozen=True, omit_defaults=True):
+    """`type`: of ESD's types of checkpoints; empty where it is none of them. `title` says it in
+    words. `family` is empty where it is of none, or of one that is not known here. `format`:
+    safetensors, pickle or onnx.
+
+    `inpainting`: its UNet is also given a mask and a picture. `precision`: of most of its numbers,
+    as fp16; `parameters`: how many there are. `rank`: of most layers of a LoRA. `vectors`: of an
+    embedding; `widths`: how wide they are, for each text encoder."""
+
+    type: str
+    title: str
+    family: str = ""
+    format: str = ""
+    inpainting: bool = False
+    precision: str = ""
+    parameters: int = 0
+    rank: int = 0
+    vectors: int = 0
+    widths: list[int] = []
+
+
+def describe(header: Header) -> Kind:
+    """All that can be told."""
+    kind = recognise(header)
+    return msgspec.structs.replace(
+        kind,
+        format=header.format,
+        precision=_precision(header.tensors.values()),
+        parameters=header.parameters,
+        rank=_rank(header) if kind.type == "Lora" else 0,
+        **_vectors(header) if kind.type == "embeddings" else {},
+    )
+
+
+def recognise(header: Header) -> Kind:
+    """What it is and of which family."""
+    for found in (_other_kind(header), _part(header), _embedding(header)):
+        if found is not None:
+            return found
+    if not _begins(header, UNET + "input_blocks.0.0."):
+        return Kind("", "no model that is known here")
+    first = header.tensors.get(UNET + "input_blocks.0.0.weight")
+    channels = first.shape[1] if first and len(first.shape) > 1 else 4
+    family = _family(header)
+    if channels not in (4, 9):
+        what = "an InstructPix2Pix" if channels == 8 else f"a {family} ({channels} channels)"
+        return Kind("Stable-diffusion", f"{what} checkpoint")
+    inpainting = " inpainting" if channels == 9 else ""
+    title = f"a {family}{inpainting} checkpoint"
+    return Kind("Stable-diffusion", title, family, inpainting=channels == 9)
+
+
+_OF_NETWORKS = (
+    "lora_down",
+    "lora_up",
+    "lora_A.",
+    "lora.down",
+    "hada_w1",
+    "lokr_w",
+    "oft_blocks",
+    "oft_diag",
+    ".on_input",
+)
+
+
+def _begins(header: Header, *prefixes: str) -> bool:
+    return any(name.startswith(prefixes) for name in header.tensors)
+
+
+def _has(header: Header, *parts: str) -> bool:
+    return any(part in name for name in header.tensors for part in parts)
+
+
+def _other_kind(header: Header) -> Kind | None:
+    differences = any(name.endswith((".diff", ".diff_b")) for name in header.tensors)
+    if differences or _has(header, *_OF_NETWORKS) or _begins(header, "lora_unet_", "lora_te"):
+        family = network_family(header)
+        return Kind("Lora", f"a LoRA for {family}" if family else "a LoRA", family)
+    if _has(header, "input_hint_block", "controlnet_cond_embedding"):
+        family = _controlnet_family(header)
+        return Kind("ControlNet", f"a ControlNet for {family or 'no family known here'}", family)
+    if _begins(header, "emb_params", "string_to_param") or {"clip_g", "clip_l"} <= {
+        *header.tensors
+    }:
+        return Kind("embeddings", "a textual inversion embedding")
+    if _begins(header, UNET + "joint_blocks", "joint_blocks"):
+        return Kind("Stable-diffusion", "a Stable Diffusion 3 checkpoint")
+    if _has(header, "double_blocks.0."):
+        return Kind("Stable-diffusion", "a Flux checkpoint")
+    if _begins(header, "down_blocks.0.") and _has(header, "attn2"):
+        title = "a UNet in diffusers' own layout and not a single-file checkpoint"
+        return Kind("Stable-diffusion", title)
+    return None
+
+
+def _part(header: Header) -> Kind | None:
+    vae = ("encoder.conv_in.", "decoder.conv_in.", "first_stage_model.")
+    if not _begins(header, UNET) and _begins(header, *vae):
+        return Kind("VAE", "a VAE")
+    return None
+
+
+def _embedding(header: Header) -> Kind | None:
+    """A single tensor of a few vectors as wide as a text encoder, whatever it is called."""
+    if len(header.tensors) != 1:
+        return None
+    (spec,) = header.tensors.values()
+    if len(spec.shape) in (1, 2) and spec.shape[-1] in _BY_CONTEXT and spec.count <= 75 * 2048:
+        return Kind("embeddings", "a textual inversion embedding")
+    return None
+
+
+def _family(header: Header) -> str:
+    if _begins(header, _XL_TEXT[1]):
+        return SDXL
+    if _begins(header, _XL_TEXT[0]):
+        return REFINER
+    if _begins(header, "cond_stage_model.model."):
+        return SD2
+    return SD1
+
+
+_BY_CONTEXT = {768: SD1, 1024: SD2, 2048: SDXL, 1280: REFINER}
+
+
+def network_family(header: Header) -> str:
+    """For what a LoRA was made, by the width of the text that its attention looks at; empty if it
+    does not tell."""
+    if _begins(header, "lora_te2_", "lora_te1_"):
+        return SDXL
+    for name, spec in header.tensors.items():
+        looks = "attn2" in name and ("to_k" in name or "to_v" in name)
+        down = name.endswith(("lora_down.weight", "lora_A.weight", "lora.down.weight"))
+        if looks and down and len(spec.shape) > 1:
+            return _BY_CONTEXT.get(spec.shape[1], "")
+    return ""
+
+
+def _controlnet_family(header: Header) -> str:
+    for name, spec in header.tensors.items():
+        if name.endswith("attn2.to_k.weight") and len(spec.shape) > 1:
+            return _BY_CONTEXT.get(spec.shape[1], "")
+    return ""
+
+
+_PRECISIONS = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
+
+
+def _precision(specs: Iterable[TensorSpec]) -> str:
+    counts: Counter[str] = Counter()
+    for spec in specs:
+        counts[spec.dtype] += spec.count
+    if not counts:
+        return ""
+    (most, _), *_ = counts.most_common(1)
+    return _PRECISIONS.get(most, most.lower())
+
+
+def _rank(header: Header) -> int:
+    """The one that most layers have; 0 for forms without one."""
+    ranks: Counter[int] = Counter()
+    for name, spec in header.tensors.items():
+        down = name.endswith(
+            ("lora_down.weight", "lora_A.weight", "lora.down.weight", "hada_w1_b", "lokr_w2_b")
+        )
+        if down and spec.shape:
+            ranks[spec.shape[0]] += 1
+    return ranks.most_common(1)[0][0] if ranks else 0
+
+
+def _vectors(header: Header) -> Mapping[str, Any]:
+    specs = [spec for spec in header.tensors.values() if len(spec.shape) in (1, 2)]
+    if not specs:
+        return {}
+    count = specs[0].shape[0] if len(specs[0].shape) == 2 else 1
+    return {"vectors": count, "widths": [spec.shape[-1] for spec in specs]}

@@ -1,0 +1,48 @@
+"""Small files of weights: whole and harmless, of a given type and size."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from typing import Any
+
+TENSORS: dict[str, dict[str, tuple[int, ...]]] = {
+    "Stable-diffusion": {"model.diffusion_model.input_blocks.0.0.weight": (4, 4, 3, 3)},
+    "Lora": {"lora_unet_mid_block_attentions_0_attn2_to_k.lora_down.weight": (4, 768)},
+    "VAE": {"decoder.conv_in.weight": (4, 4, 3, 3)},
+    "ControlNet": {"input_hint_block.0.weight": (4, 3, 3, 3)},
+    "embeddings": {"emb_params": (2, 768)},
+    "Upscaler": {},
+}
+"""What makes a file one of a type."""
+HEADER = 1024
+"""Bytes."""
+
+
+def content(size: int, seed: str = "") -> bytes:
+    """Bytes that differ from block to block."""
+    start = hashlib.sha256(seed.encode()).digest()
+    blocks = (start[:24] + number.to_bytes(8, "big") for number in range(size // 32 + 1))
+    return b"".join(blocks)[:size]
+
+
+def weights(type_: str, size: int = 16_384, seed: str = "") -> bytes:
+    """A safetensors file of that many bytes in all."""
+    entries: dict[str, Any] = {}
+    at = 0
+    for name, shape in TENSORS[type_].items():
+        length = 2
+        for side in shape:
+            length *= side
+        entries[name] = {"dtype": "F16", "shape": shape, "data_offsets": (at, at + length)}
+        at += length
+    rest = size - 8 - HEADER - at
+    assert rest > 0, "too small for its header"
+    entries["filler"] = {"dtype": "U8", "shape": (rest,), "data_offsets": (at, at + rest)}
+    return with_header(entries, content(at + rest, seed))
+
+
+def with_header(entries: Any, data: bytes, length: int = HEADER) -> bytes:
+    text = (entries if isinstance(entries, str) else json.dumps(entries)).encode()
+    return struct.pack("<Q", max(length, len(text))) + text.ljust(length) + data
