@@ -21,7 +21,7 @@ from services.endpoints.domain import (
     event_after,
     make_plan,
 )
-from services.endpoints.launchers.process import LaunchFailed, ProcessLauncher
+from services.endpoints.launchers import Launcher, LaunchFailed
 from services.endpoints.store import EndpointStore, InstanceStore
 from shared.contracts.envelope import new_id
 from shared.contracts.subjects import JOBS, jobs_consumer, jobs_durable
@@ -73,7 +73,7 @@ async def release_endpoint(endpoint_id: str, tx: Tx) -> None:
 
 class Reconciler:
     def __init__(
-        self, launcher: ProcessLauncher, types: InstanceTypes, *, ready_within: timedelta
+        self, launcher: Launcher, types: InstanceTypes, *, ready_within: timedelta
     ) -> None:
         self._launcher = launcher
         self._types = types
@@ -89,7 +89,7 @@ class Reconciler:
 
     async def run(self, service: Service) -> None:
         """Until cancelled. What goes wrong in one pass is tried again in the next."""
-        await self._launcher.open()
+        await self._launcher.open(self.wake)
         self._service = service
         while True:
             try:
@@ -102,25 +102,27 @@ class Reconciler:
             self._wake.clear()
 
     async def stop(self) -> None:
-        """The workers go with this service; they stay wanted, so the next start brings them back.
-        First the rows: nobody should send them another job."""
+        """Workers that go with this service stay wanted, so the next start brings them back. First
+        the rows: nobody should send them another job."""
         self._stopping = True
         async with self._one_at_a_time:
             service = self._service
             if service is None:
                 return
-            try:
-                async with asyncio.timeout(3):
-                    for instance in await InstanceStore(service.pool).list_all():
-                        await self._end(service, Ending(instance=instance, crash=None))
-            except Exception as error:  # Postgres may be stopping too; the next start sees it
-                log.warning("stop_not_recorded", error=repr(error))
-            await self._launcher.stop_all(within=LAST_STOP)
+            if not self._launcher.workers_outlive_service:
+                try:
+                    async with asyncio.timeout(3):
+                        for instance in await InstanceStore(service.pool).list_all():
+                            await self._end(service, Ending(instance=instance, crash=None))
+                except Exception as error:  # Postgres may be stopping too; the next start sees it
+                    log.warning("stop_not_recorded", error=repr(error))
+                await self._launcher.stop_all(within=LAST_STOP)
+            await self._launcher.close()
 
     async def _reconcile(self, service: Service) -> None:
         if self._stopping:
             return
-        seen = self._launcher.observe()  # before the rows: a row may be newer than what was seen
+        seen = await self._launcher.observe()  # before the rows, which may be newer than that
         endpoints = await EndpointStore(service.pool).list_unreleased()
         plan = make_plan(
             endpoints,
@@ -135,7 +137,7 @@ class Reconciler:
             if not worker.alive:
                 await self._launcher.forget(instance_id)
         for instance_id in plan.stop:
-            self._launcher.stop(instance_id)
+            await self._launcher.stop(instance_id)
         await self._follow(service, endpoints, plan)
         if plan.end:
             self.wake()  # what ended is replaced in the next pass, which sees the new rows

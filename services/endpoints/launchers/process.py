@@ -16,12 +16,14 @@ import signal
 import subprocess
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import psutil
 
 from services.endpoints.domain import Endpoint, InstanceType, Seen
+from services.endpoints.launchers import LaunchFailed
 from shared.logs import get_logger
 
 log = get_logger(__name__)
@@ -37,10 +39,6 @@ LAST_BYTES = 4096
 KEPT_LOGS = 40
 
 
-class LaunchFailed(Exception):
-    """The worker could not even be started; says why."""
-
-
 class Record(msgspec.Struct, frozen=True, kw_only=True):
     """`started` is the process's create time in seconds since the epoch; `gpu` its one GPU."""
 
@@ -52,7 +50,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ProcessLauncher:
-    """Not for concurrent use: one call at a time."""
+    workers_outlive_service = False
 
     def __init__(
         self,
@@ -71,10 +69,11 @@ class ProcessLauncher:
         self._records: dict[str, Record] = {}
         self._children: dict[str, subprocess.Popen[bytes]] = {}
         self._asked_to_stop: dict[str, float] = {}
+        self._watched: dict[str, int] = {}
+        self._changed: Callable[[], None] = lambda: None
 
-    async def open(self) -> None:
-        """Finds the workers that live already. Waits while another service holds the run folder:
-        two would start everything twice."""
+    async def open(self, changed: Callable[[], None]) -> None:
+        """Waits while another service holds the run folder: two would start everything twice."""
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._logs.mkdir(parents=True, exist_ok=True)
         # Held until this process ends, however it ends.
@@ -82,7 +81,15 @@ class ProcessLauncher:
         while not self._take_lock():
             log.warning("waiting_for_run_folder", folder=str(self._folder))
             await asyncio.sleep(0.5)
+        self._changed = changed
         await asyncio.to_thread(self._find_workers)
+        for record in self._records.values():
+            self._watch(record)
+
+    async def close(self) -> None:
+        for instance_id in list(self._watched):
+            self._unwatch(instance_id)
+        os.close(self._lock)
 
     def _take_lock(self) -> bool:
         try:
@@ -110,8 +117,8 @@ class ProcessLauncher:
             log.info("workers_found", instances=sorted(self._records))
 
     async def start(self, instance_id: str, endpoint: Endpoint, type: InstanceType) -> None:
-        """Raises LaunchFailed."""
         await asyncio.to_thread(self._start, instance_id, endpoint, type)
+        self._watch(self._records[instance_id])
 
     def _start(self, instance_id: str, endpoint: Endpoint, type: InstanceType) -> None:
         gpu = self._least_used_gpu() if type.device == "cuda" else ""
@@ -165,8 +172,22 @@ class ProcessLauncher:
         used = Counter(record.gpu for record in self._records.values())
         return min(gpus, key=lambda gpu: used[gpu])
 
-    def observe(self) -> dict[str, Seen]:
-        """All workers that live, and those that ended until they are forgotten."""
+    def _watch(self, record: Record) -> None:
+        """Whoever ends is noticed at once, child or not."""
+        with contextlib.suppress(OSError):  # it has ended already, which the next look shows
+            watched = self._watched[record.instance_id] = os.pidfd_open(record.pid)
+            asyncio.get_running_loop().add_reader(watched, self._on_end, record.instance_id)
+
+    def _on_end(self, instance_id: str) -> None:
+        self._unwatch(instance_id)
+        self._changed()
+
+    def _unwatch(self, instance_id: str) -> None:
+        if watched := self._watched.pop(instance_id, None):
+            asyncio.get_running_loop().remove_reader(watched)
+            os.close(watched)
+
+    async def observe(self) -> dict[str, Seen]:
         return {instance_id: self._see(record) for instance_id, record in self._records.items()}
 
     def _see(self, record: Record) -> Seen:
@@ -182,31 +203,31 @@ class ProcessLauncher:
             instance_id=instance_id, endpoint_id=record.endpoint_id, alive=alive, crash=crash
         )
 
-    def stop(self, instance_id: str, *, within: float | None = None) -> None:
-        """Asks the worker to finish, and kills it once it had `within` seconds for that. To be
-        called until the worker is no longer observed alive."""
+    async def stop(self, instance_id: str) -> None:
+        self._stop(instance_id, self._stop_within)
+
+    def _stop(self, instance_id: str, within: float) -> None:
         record = self._records[instance_id]
-        limit = self._stop_within if within is None else within
         asked = self._asked_to_stop.get(instance_id)
         with contextlib.suppress(ProcessLookupError):
             if asked is None:
                 self._asked_to_stop[instance_id] = time.monotonic()
                 os.kill(record.pid, signal.SIGTERM)
-            elif time.monotonic() - asked > limit:
-                log.warning("worker_killed", instance_id=instance_id, seconds=limit)
+            elif time.monotonic() - asked > within:
+                log.warning("worker_killed", instance_id=instance_id, seconds=within)
                 os.kill(record.pid, signal.SIGKILL)
 
     async def stop_all(self, *, within: float) -> None:
-        """Returns when all workers are gone."""
-        while living := [id_ for id_, seen in self.observe().items() if seen.alive]:
+        while living := [id_ for id_, seen in (await self.observe()).items() if seen.alive]:
             for instance_id in living:
-                self.stop(instance_id, within=within)
+                self._stop(instance_id, within)
             await asyncio.sleep(0.1)
         for instance_id in list(self._records):
             await self.forget(instance_id)
 
     async def forget(self, instance_id: str) -> None:
-        """Clears up after a worker that ended: also what it started and left running."""
+        """Ends also what the worker started and left running."""
+        self._unwatch(instance_id)
         await asyncio.to_thread(self._kill_remains, instance_id)
         self._record_file(instance_id).unlink(missing_ok=True)
         self._records.pop(instance_id, None)
