@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 
+from services.endpoints.domain import Patience
 from services.endpoints.launchers.process import ProcessLauncher
 from services.endpoints.reactions import Reconciler
 from services.endpoints.settings import Settings
@@ -18,15 +19,24 @@ def build(settings: Settings) -> Service:
         settings.worker_environment(),
         run=settings.run_folder(),
         logs=settings.logs_folder(),
-        stop_within=settings.worker_stop_within,
+    )
+    patience = Patience(
+        ready=timedelta(seconds=settings.worker_ready_within),
+        drain=timedelta(seconds=settings.drain_seconds),
+        stop=timedelta(seconds=settings.worker_stop_within),
+        silent=timedelta(seconds=settings.worker_silent_within),
     )
     reconciler = Reconciler(
-        launcher, types, ready_within=timedelta(seconds=settings.worker_ready_within)
+        launcher,
+        types,
+        patience=patience,
+        out_after=timedelta(seconds=settings.scale_out_after),
+        in_after=timedelta(seconds=settings.scale_in_after),
     )
     return Service(
         "endpoints",
         settings,
-        commands=handlers(types, reconciler.wake),
+        commands=handlers(types, patience.drain, reconciler.wake),
         background=reconciler.run,
         on_stop=reconciler.stop,
     )

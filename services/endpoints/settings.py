@@ -18,6 +18,7 @@ BUILT_IN = {
 HANDED_ON = (
     "cache_bytes",
     "job_seconds",
+    "drain_seconds",
     "jobs_in_hand",
     "batch_rows",
     "precision",
@@ -36,8 +37,10 @@ class Settings(ServiceSettings, frozen=True, kw_only=True):
     - `worker_command`: `{python}` is this interpreter.
     - `worker_threads`: OMP_NUM_THREADS of a worker; 0 leaves it as it is here.
     - those in HANDED_ON: for the workers, which say what they mean and have the defaults.
-    - `worker_ready_within`, `worker_stop_within`: seconds until a worker that is not ready, or not
-      gone, is killed.
+    - `worker_ready_within`, `worker_stop_within`, `worker_silent_within`: seconds until a worker
+      that is not ready, not gone, or not heard of is given up.
+    - `drain_seconds`: for a worker to finish its jobs when its endpoint is deleted or scaled in.
+    - `scale_out_after`, `scale_in_after`: the cool-downs of autoscaling.
     - `instance_types`: JSON, or the path of a JSON file: `{"cpu": {"device": "cpu", "max": 4}}`.
     - `default_instance_type`: what an `ml.*` name stands for that `instance_types` does not list.
     """
@@ -66,6 +69,10 @@ class Settings(ServiceSettings, frozen=True, kw_only=True):
     compile_mode: str = ""
     worker_ready_within: float = 300.0
     worker_stop_within: float = 10.0
+    worker_silent_within: float = 15.0
+    drain_seconds: float = 120.0
+    scale_out_after: float = 30.0
+    scale_in_after: float = 300.0
     instance_types: str = ""
     default_instance_type: str = "cpu"
 
@@ -98,7 +105,7 @@ class Settings(ServiceSettings, frozen=True, kw_only=True):
         }
         for name in HANDED_ON:
             if value := getattr(self, name):
-                environment[f"DARKROOM_{name.upper()}"] = value
+                environment[f"DARKROOM_{name.upper()}"] = str(value)
         if self.worker_threads:
             environment["OMP_NUM_THREADS"] = str(self.worker_threads)
         return environment

@@ -9,7 +9,7 @@ from shared.contracts.envelope import Command, Message, State
 OWNER = "endpoints"
 
 SERVING = ("InService", "Updating")
-"""Takes jobs: some instance is ready, or is started for the next job, or is about to be ready again;
+"""Takes jobs: some instance is ready, or one is started for the next job, or is about to be ready;
 the better first."""
 
 REJECTIONS = {
@@ -43,8 +43,8 @@ class CreateEndpoint(Command, frozen=True, kw_only=True):
 
 
 class DeleteEndpoints(Command, frozen=True, kw_only=True):
-    """Names that do not exist are ignored: deleting twice is no error. The name is free at once; the
-    endpoint is `Deleting` until its workers have finished what they have begun."""
+    """Names that do not exist are ignored: deleting twice is no error. The name is free at once;
+    the endpoint is `Deleting` until its workers have finished what they have begun."""
 
     endpoint_names: list[str]
 
@@ -61,9 +61,9 @@ class ReportInstance(Command, frozen=True, kw_only=True):
 
 
 class InstanceBeat(Message, frozen=True, kw_only=True):
-    """Telemetry on core NATS, never stored: a worker lives, and how. `memory`: bytes that it takes of
-    its device, of `memory_total`; on a CPU that is the machine's. `models`: names of what is loaded.
-    `jobs`: ids of what it has begun. Emitter: worker."""
+    """Telemetry on core NATS, never stored: a worker lives, and how. `memory`: bytes that are taken
+    of its device, of `memory_total`; on a CPU by its engine, of the machine's. `models`: names of
+    what is loaded. `jobs`: ids of what it has begun. Emitter: worker."""
 
     endpoint_id: str
     instance_id: str

@@ -173,8 +173,8 @@ class JobSynced(Job, frozen=True, kw_only=True): ...
 
 
 class RunJob(Message, frozen=True, kw_only=True):
-    """Work for one worker, on the work queue of the endpoint. `version`: of the job as this was said;
-    what a later one says of it holds. Emitter: inference."""
+    """Work for one worker, on the work queue of the endpoint. `version`: of the job as this was
+    said; what a later one says of it holds. Emitter: inference."""
 
     job_id: str
     endpoint_id: str

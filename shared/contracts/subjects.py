@@ -182,7 +182,8 @@ def progress_subject(id_: str) -> str:
 
 
 def beat_subject(instance_id: str) -> str:
-    return f"beats.{_token(instance_id)}"
+    """`*` stands for all of them."""
+    return "beats.*" if instance_id == "*" else f"beats.{_token(instance_id)}"
 
 
 def dead_subject(owner: str) -> str:

@@ -33,9 +33,9 @@ class Launcher(Protocol):
     async def start(self, instance_id: str, endpoint: Endpoint, type: InstanceType) -> None:
         """Raises LaunchFailed, and leaves nothing behind then."""
 
-    async def stop(self, instance_id: str) -> None:
-        """Asks the worker to finish, and kills it once it had its time for that. To be called until
-        the worker is no longer observed alive."""
+    async def stop(self, instance_id: str, *, within: float) -> None:
+        """Asks the worker to finish, and kills it `within` seconds after it was first asked. To be
+        called until the worker is no longer observed alive."""
 
     async def forget(self, instance_id: str) -> None:
         """Clears up after a worker that ended."""

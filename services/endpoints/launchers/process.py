@@ -59,13 +59,11 @@ class ProcessLauncher:
         *,
         run: Path,
         logs: Path,
-        stop_within: float,
     ) -> None:
         self._program = program
         self._environment = environment
         self._folder = run / "workers"
         self._logs = logs
-        self._stop_within = stop_within
         self._records: dict[str, Record] = {}
         self._children: dict[str, subprocess.Popen[bytes]] = {}
         self._asked_to_stop: dict[str, float] = {}
@@ -203,8 +201,8 @@ class ProcessLauncher:
             instance_id=instance_id, endpoint_id=record.endpoint_id, alive=alive, crash=crash
         )
 
-    async def stop(self, instance_id: str) -> None:
-        self._stop(instance_id, self._stop_within)
+    async def stop(self, instance_id: str, *, within: float) -> None:
+        self._stop(instance_id, within)
 
     def _stop(self, instance_id: str, within: float) -> None:
         record = self._records[instance_id]
