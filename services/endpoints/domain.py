@@ -16,6 +16,7 @@ with more of them gives some up.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from datetime import datetime, timedelta
 
@@ -41,30 +42,82 @@ SETTLED = timedelta(seconds=10)
 """A worker that dies sooner after it was ready counts as one that can't start."""
 
 
+UNITS = {"MB": 1000**2, "GB": 1000**3, "MiB": 1024**2, "GiB": 1024**3}
+MEMORY = re.compile(r"(\d+(?:\.\d+)?) ?(MB|GB|MiB|GiB)")
+
+
+class NomadNeeds(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What only Nomad must be told of a type: `driver` starts the worker (`docker` from its image,
+    `raw_exec` and `exec` from what is installed on the node), `cpu` in MHz, `device` and
+    `gpu_memory` of each GPU ("40 GiB"), `constraints` in Nomad's JSON."""
+
+    driver: str = "docker"
+    cpu: int = 1000
+    datacenters: list[str] = msgspec.field(default_factory=lambda: ["*"])
+    node_pool: str = ""
+    device: str = "nvidia/gpu"
+    gpu_memory: str = ""
+    constraints: list[dict[str, str]] = []
+
+
 class InstanceType(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`device` as torch calls it: cpu, cuda. `max`: how many may be wanted at a time."""
+    """`device` as torch calls it: cpu, cuda. `max`: how many may be wanted at a time. `gpus`: how
+    many a worker sees, one if it has a cuda device; they are its own unless `share_gpus`.
+    `memory`: a worker that takes more is killed ("16 GiB"). `image`: of its containers."""
 
     device: str
     max: int
+    gpus: int = 0
+    share_gpus: bool = False
+    memory: str = ""
+    image: str = ""
+    nomad: NomadNeeds = NomadNeeds()
+
+    def __post_init__(self) -> None:
+        if self.max < 0 or self.gpus < 0:
+            raise ValueError("max and gpus can't be negative")
+        if self.gpus and not self._has_cuda:
+            raise ValueError(f"a device {self.device} has no gpus")
+        if self.memory and not MEMORY.fullmatch(self.memory):
+            raise ValueError(f'memory is like "16 GiB", not "{self.memory}"')
+
+    @property
+    def _has_cuda(self) -> bool:
+        return self.device.partition(":")[0] == "cuda"
+
+    @property
+    def gpu_count(self) -> int:
+        return self.gpus or int(self._has_cuda)
+
+    @property
+    def memory_bytes(self) -> int:
+        """0 for no limit."""
+        if not (match := MEMORY.fullmatch(self.memory)):
+            return 0
+        return int(float(match[1]) * UNITS[match[2]])
 
 
 class InstanceTypes(msgspec.Struct, frozen=True, kw_only=True):
-    """What this deployment has. A cloud's `ml.*` name that is not listed means the default one, so
-    that a client written for the cloud works here; its own word stays in the endpoint's state."""
+    """What this deployment has. `aliases` are other names of `types`. A cloud's `ml.*` name that is
+    in neither means the default one, if there is one, so that a client written for the cloud works
+    here; its own word stays in the endpoint's state."""
 
     types: dict[str, InstanceType]
-    default: str
+    aliases: dict[str, str] = {}
+    default: str = ""
 
     def local_name(self, instance_type: str) -> str:
         """Raises Rejected for a type that this deployment does not have."""
         if instance_type in self.types:
             return instance_type
-        if instance_type.startswith("ml."):
+        if instance_type in self.aliases:
+            return self.aliases[instance_type]
+        if instance_type.startswith("ml.") and self.default:
             return self.default
         raise Rejected(
             "endpoints.unknown_instance_type",
             instance_type=instance_type,
-            known=", ".join(sorted(self.types)),
+            known=", ".join(sorted({*self.types, *self.aliases})),
         )
 
     def get(self, instance_type: str) -> InstanceType:

@@ -25,7 +25,7 @@ from services.endpoints.domain import (
     event_after,
     make_plan,
 )
-from services.endpoints.launchers import Launcher, LaunchFailed
+from services.endpoints.launchers import Launcher, LaunchFailed, NoRoomYet
 from services.endpoints.store import EndpointStore, InstanceStore
 from shared.contracts.endpoints import InstanceBeat
 from shared.contracts.envelope import Message, new_id
@@ -291,6 +291,10 @@ class Reconciler:
             await self._launcher.start(instance.instance_id, endpoint, type_)
         except (LaunchFailed, Rejected) as error:
             await self._end(service, Ending(instance=instance, crash=str(error)))
+            return False
+        except NoRoomYet as error:
+            await self._end(service, Ending(instance=instance, crash=None))
+            log.info("no_room_yet", endpoint_id=endpoint.endpoint_id, reason=str(error))
             return False
         log.info(
             "instance_started",
