@@ -44,6 +44,8 @@ NO_CONNECTION = 900
 """What aiodocker says instead of an HTTP status."""
 ANSWER_WITHIN = aiohttp.ClientTimeout(total=30)
 LISTEN_AGAIN = 1.0
+LIST_IS_LATE = 0.1
+"""Seconds after its end is told in which the engine may still list a container as running."""
 LOG_OPTIONS = {"max-size": "10m", "max-file": "2"}
 """A worker that runs for months must not fill the disk."""
 
@@ -99,6 +101,8 @@ class DockerLauncher:
         while True:
             await heard.get()
             self._changed()
+            await asyncio.sleep(LIST_IS_LATE)
+            self._changed()
 
     def _ours(self) -> dict[str, list[str]]:
         return {"label": [f"{INSTALLATION}={self._installation}"]}
@@ -125,7 +129,7 @@ class DockerLauncher:
         try:
             found = await container.show()
             state = found["State"]
-            if container["State"] in ("created", "removing"):
+            if state["Status"] in ("created", "removing"):
                 return None
             lines = await container.log(
                 stdout=True, stderr=True, tail=LAST_LINES, timeout=ANSWER_WITHIN
@@ -134,9 +138,8 @@ class DockerLauncher:
             if error.status == NO_CONNECTION:
                 raise
             return None  # it has just been removed
-        limit = f"{found['HostConfig']['Memory'] / 1024**3:.3g} GiB"
-        out_of_memory = limit if state["OOMKilled"] else ""
-        return describe_end(state["ExitCode"], "".join(lines), out_of_memory=out_of_memory)
+        limit = found["HostConfig"]["Memory"] if state["OOMKilled"] else None
+        return describe_end(state["ExitCode"], "".join(lines), out_of_memory=limit)
 
     async def start(self, instance_id: str, endpoint: Endpoint, type: InstanceType) -> None:
         gpus = await self._pick_gpus(type)
