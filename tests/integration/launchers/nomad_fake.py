@@ -511,16 +511,18 @@ class NomadFake:
         sent = int(request.query.get("index", 0))
         response = web.StreamResponse(headers={"Content-Type": "application/json"})
         await response.prepare(request)
-        while True:
-            for batch in list(self._events):
-                if batch["Index"] > sent and topics & {"*", batch["Events"][0]["Topic"]}:
-                    await response.write(json.dumps(batch).encode() + b"\n")
-            sent = self._index
-            try:
-                async with asyncio.timeout(HEARTBEAT), self._moved:
-                    await self._moved.wait()
-            except TimeoutError:
-                await response.write(b"{}\n")
+        with contextlib.suppress(ConnectionResetError):  # nobody listens any more
+            while True:
+                for batch in list(self._events):
+                    if batch["Index"] > sent and topics & {"*", batch["Events"][0]["Topic"]}:
+                        await response.write(json.dumps(batch).encode() + b"\n")
+                sent = self._index
+                try:
+                    async with asyncio.timeout(HEARTBEAT), self._moved:
+                        await self._moved.wait()
+                except TimeoutError:
+                    await response.write(b"{}\n")
+        return response
 
 
 def _json(value: Any) -> web.Response:
