@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 
+from services.endpoints.domain import Patience
 from services.endpoints.launchers import Launcher
 from services.endpoints.launchers.process import ProcessLauncher
 from services.endpoints.reactions import Reconciler
@@ -14,15 +15,23 @@ from shared.service import Service
 
 def build(settings: Settings) -> Service:
     types = settings.known_types()
+    patience = Patience(
+        ready=timedelta(seconds=settings.worker_ready_within),
+        drain=timedelta(seconds=settings.drain_seconds),
+        stop=timedelta(seconds=settings.worker_stop_within),
+        silent=timedelta(seconds=settings.worker_silent_within),
+    )
     reconciler = Reconciler(
         choose_launcher(settings),
         types,
-        ready_within=timedelta(seconds=settings.worker_ready_within),
+        patience=patience,
+        out_after=timedelta(seconds=settings.scale_out_after),
+        in_after=timedelta(seconds=settings.scale_in_after),
     )
     return Service(
         "endpoints",
         settings,
-        commands=handlers(types, reconciler.wake),
+        commands=handlers(types, patience.drain, reconciler.wake),
         background=reconciler.run,
         on_stop=reconciler.stop,
     )

@@ -24,6 +24,7 @@ BUILT_IN: Mapping[str, InstanceType | str] = {
 HANDED_ON = (
     "cache_bytes",
     "job_seconds",
+    "drain_seconds",
     "jobs_in_hand",
     "batch_rows",
     "precision",
@@ -50,8 +51,10 @@ class Settings(ServiceSettings, frozen=True, kw_only=True):
     - `worker_image`: of types that name none.
     - `worker_threads`: OMP_NUM_THREADS of a worker; 0 leaves it as it is here.
     - those in HANDED_ON: for the workers, which say what they mean and have the defaults.
-    - `worker_ready_within`, `worker_stop_within`: seconds until a worker that is not ready, or not
-      gone, is killed.
+    - `worker_ready_within`, `worker_stop_within`, `worker_silent_within`: seconds until a worker
+      that is not ready, not gone, or not heard of is given up.
+    - `drain_seconds`: for a worker to finish its jobs when its endpoint is deleted or scaled in.
+    - `scale_out_after`, `scale_in_after`: the cool-downs of autoscaling.
     - `instance_types`: JSON, or the path of a JSON file: `{"cpu": {"device": "cpu", "max": 4}}`.
       A word instead of a type makes the name an alias: `{"ml.g5.2xlarge": "gpu"}`.
     - `default_instance_type`: what an `ml.*` name stands for that `instance_types` does not list;
@@ -94,6 +97,10 @@ class Settings(ServiceSettings, frozen=True, kw_only=True):
     compile_mode: str = ""
     worker_ready_within: float = 300.0
     worker_stop_within: float = 10.0
+    worker_silent_within: float = 15.0
+    drain_seconds: float = 120.0
+    scale_out_after: float = 30.0
+    scale_in_after: float = 300.0
     instance_types: str = ""
     default_instance_type: str = "cpu"
 
@@ -136,7 +143,7 @@ class Settings(ServiceSettings, frozen=True, kw_only=True):
                 "DARKROOM_S3_ACCESS_KEY": self.worker_s3_access_key,
                 "DARKROOM_S3_SECRET_KEY": self.worker_s3_secret_key,
             },
-            stop_within=self.worker_stop_within,
+            stop_within=max(self.drain_seconds, self.worker_stop_within),
         )
 
     def _environment(self) -> dict[str, str]:
@@ -157,7 +164,7 @@ class Settings(ServiceSettings, frozen=True, kw_only=True):
             environment["DARKROOM_CACHE"] = str(Path(self.worker_cache).absolute())
         for name in HANDED_ON:
             if value := getattr(self, name):
-                environment[f"DARKROOM_{name.upper()}"] = value
+                environment[f"DARKROOM_{name.upper()}"] = str(value)
         if self.worker_threads:
             environment["OMP_NUM_THREADS"] = str(self.worker_threads)
         return environment

@@ -44,9 +44,9 @@ class Launcher(Protocol):
     async def start(self, instance_id: str, endpoint: Endpoint, type: InstanceType) -> None:
         """Raises LaunchFailed or NoRoomYet, and leaves nothing behind then."""
 
-    async def stop(self, instance_id: str) -> None:
-        """Asks the worker to finish, and kills it once it had its time for that. To be called until
-        the worker is no longer observed alive."""
+    async def stop(self, instance_id: str, *, within: float) -> None:
+        """Asks the worker to finish, and kills it `within` seconds after it was first asked. To be
+        called until the worker is no longer observed alive."""
 
     async def forget(self, instance_id: str) -> None:
         """Clears up after a worker that ended."""
@@ -58,7 +58,7 @@ class Launcher(Protocol):
 class Program(msgspec.Struct, frozen=True, kw_only=True):
     """What every worker runs and is told, whatever its endpoint. `secrets` are settings of the
     worker, too, which a launcher keeps from those who may look at its workers. `stop_within`:
-    seconds that a worker has to finish when it is asked to."""
+    the most seconds that a worker ever has to finish when it is asked to."""
 
     command: list[str]
     environment: dict[str, str]

@@ -206,8 +206,8 @@ class DockerLauncher:
             "HostConfig": host,
         }
 
-    async def stop(self, instance_id: str) -> None:
-        await self._stop(instance_id, self._program.stop_within)
+    async def stop(self, instance_id: str, *, within: float) -> None:
+        await self._stop(instance_id, within)
 
     async def _stop(self, instance_id: str, within: float) -> None:
         asked = self._asked_to_stop.get(instance_id)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -74,7 +75,7 @@ class NomadLauncher:
         self._token = token
         self._namespace = namespace
         self._cache = cache
-        self._asked_to_stop: set[str] = set()
+        self._asked_to_stop: dict[str, float] = {}
         self._secrets_checked = False
         self._changed: Callable[[], None] = lambda: None
         self._http: httpx.AsyncClient
@@ -194,7 +195,7 @@ class NomadLauncher:
                 raise LaunchFailed(reason)
         except LaunchFailed as failure:
             await self.forget(instance_id)
-            if self._asked_to_stop & (await self.observe()).keys():
+            if self._asked_to_stop.keys() & (await self.observe()).keys():
                 raise NoRoomYet(str(failure)) from failure
             raise
 
@@ -325,26 +326,39 @@ class NomadLauncher:
                 await self._ask("DELETE", f"/v1/var/{variable['Path']}")
         self._secrets_checked = True
 
-    async def stop(self, instance_id: str) -> None:
-        """Nomad kills it after its KillTimeout by itself."""
-        if instance_id not in self._asked_to_stop:
+    async def stop(self, instance_id: str, *, within: float) -> None:
+        """Nomad kills it after its KillTimeout at the latest, also when this service is gone."""
+        asked = self._asked_to_stop.get(instance_id)
+        if asked is None:
             await self._ask("DELETE", f"/v1/job/{self._job_id(instance_id)}")
-            self._asked_to_stop.add(instance_id)
+            self._asked_to_stop[instance_id] = time.monotonic()
+        elif time.monotonic() - asked > within:
+            log.warning("worker_killed", instance_id=instance_id, seconds=within)
+            await self._kill(instance_id)
+
+    async def _kill(self, instance_id: str) -> None:
+        for allocation in await self._ask(
+            "GET", f"/v1/job/{self._job_id(instance_id)}/allocations"
+        ):
+            if allocation["ClientStatus"] == "running":
+                with contextlib.suppress(NomadError):  # it has just ended, or its node is silent
+                    await self._ask(
+                        "POST",
+                        f"/v1/client/allocation/{allocation['ID']}/signal",
+                        body={"Signal": "SIGKILL", "Task": TASK},
+                    )
 
     async def forget(self, instance_id: str) -> None:
         job_id = self._job_id(instance_id)
         await self._ask("DELETE", f"/v1/job/{job_id}", purge="true")
         await self._ask("DELETE", f"/v1/var/nomad/jobs/{job_id}")
-        self._asked_to_stop.discard(instance_id)
+        self._asked_to_stop.pop(instance_id, None)
 
     async def stop_all(self, *, within: float) -> None:
-        """Nomad kills those that its KillTimeout gives longer: it goes on without this service."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(within):
-                while living := [i for i, seen in (await self.observe()).items() if seen.alive]:
-                    for instance_id in living:
-                        await self.stop(instance_id)
-                    await asyncio.sleep(0.1)
+        while living := [id_ for id_, seen in (await self.observe()).items() if seen.alive]:
+            for instance_id in living:
+                await self.stop(instance_id, within=within)
+            await asyncio.sleep(0.1)
         for instance_id in await self.observe():
             await self.forget(instance_id)
 

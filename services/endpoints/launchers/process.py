@@ -212,8 +212,8 @@ class ProcessLauncher:
             out_of_memory=record.memory if too_big else None,
         )
 
-    async def stop(self, instance_id: str) -> None:
-        self._stop(instance_id, self._program.stop_within)
+    async def stop(self, instance_id: str, *, within: float) -> None:
+        self._stop(instance_id, within)
 
     def _stop(self, instance_id: str, within: float) -> None:
         record = self._records[instance_id]

@@ -130,6 +130,7 @@ class NomadFake:
                 web.delete("/v1/job/{id}", self._deregister),
                 web.get("/v1/evaluation/{id}", self._get_evaluation),
                 web.get("/v1/client/fs/logs/{id}", self._get_logs),
+                web.post("/v1/client/allocation/{id}/signal", self._signal),
                 web.put("/v1/var/{path:.+}", self._put_variable),
                 web.delete("/v1/var/{path:.+}", self._delete_variable),
                 web.get("/v1/vars", self._list_variables),
@@ -483,6 +484,15 @@ class NomadFake:
         assert request.query["origin"] == "end"
         text = self._log(allocation).read_bytes() if request.query["type"] == "stdout" else b""
         return web.Response(body=text[-int(request.query["offset"]) :])
+
+    async def _signal(self, request: web.Request) -> web.Response:
+        allocation, body = self.allocations.get(request.match_info["id"]), await request.json()
+        if allocation is None or body["Task"] != allocation.task["Name"]:
+            raise Refused(404, "unknown allocation or task")
+        if allocation.process is None or allocation.process.returncode is not None:
+            raise Refused(500, "Task not running")
+        allocation.process.send_signal(signal.Signals[body["Signal"]])
+        return _json({})
 
     # Variables
 

@@ -26,7 +26,7 @@ from tests.integration.launchers.image import WORKER, make_image
 from tests.integration.launchers.nomad_fake import Node, NomadFake
 
 SECRET = 'a "secret" with {{ braces }}'
-STOP_WITHIN = 1.0
+STOP_WITHIN = 60.0
 NEEDED = 'no Docker engine answers; eval "$(tests/containers/engine.sh start)" starts one'
 
 

@@ -75,5 +75,5 @@ async def test_one_that_was_removed_by_hand_is_gone_without_a_reason(docker: Con
         await engine.containers.container(container.id).delete(force=True)
         await ours.changed.wait()
         assert instance_id not in await ours.launcher.observe()
-        await ours.launcher.stop(instance_id)
+        await ours.launcher.stop(instance_id, within=1)
         await ours.launcher.forget(instance_id)

@@ -72,7 +72,7 @@ class Watched:
     async def stop(self, instance_id: str) -> Seen:
         """As the reconciler does it."""
         for _ in range(200):
-            await self.launcher.stop(instance_id)
+            await self.launcher.stop(instance_id, within=1)
             seen = (await self.launcher.observe())[instance_id]
             if not seen.alive:
                 return seen
@@ -87,7 +87,9 @@ def endpoint(name: str) -> Endpoint:
         endpoint_type="Async",
         instance_type="cpu",
         autoscaling=False,
+        min_instance_number=1,
         max_instance_number=1,
+        scaled_to=1,
         roles=[],
         creator="admin",
         start_time=datetime.now(UTC),
@@ -230,7 +232,7 @@ async def test_a_gpu_that_is_about_to_be_free_is_no_failure(place: Place) -> Non
                 pytest.skip(f"the engine has no GPUs: {failure}")
             raise
         await told(place, first)
-        await ours.launcher.stop(first)
+        await ours.launcher.stop(first, within=1)
         with pytest.raises(NoRoomYet):
             await ours.start("second", both)
         assert (await ours.launcher.observe()).keys() == {first}
