@@ -35,8 +35,8 @@ STARTING, READY, STOPPING, BROKEN = "starting", "ready", "stopping", "failed"
 """Of an instance; all but the first are its own words."""
 
 MAX_CRASHES = 5
-CRASHES_IN_SERVICE = 10
-"""One that has worked gets more time: what it misses may come back."""
+CRASHES_IN_SERVICE = 25
+"""One that has worked gets more than ten minutes: what it misses may come back."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 SETTLED = timedelta(seconds=10)
 """A worker that dies sooner after it was ready counts as one that can't start."""

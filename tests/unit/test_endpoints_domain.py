@@ -154,7 +154,8 @@ def test_an_endpoint_that_was_in_service_gets_more_time_before_it_fails() -> Non
         endpoint, pause = crash(endpoint, "out of memory")
         pauses.append(pause)
     assert endpoint.endpoint_status == "Updating"
-    assert pauses == [0.5, 1, 2, 4, 8, 16, 30, 30, 30], "it waits between its attempts"
+    assert pauses[:8] == [0.5, 1, 2, 4, 8, 16, 30, 30], "it waits between its attempts"
+    assert sum(pauses) > 500
     failed, _ = crash(endpoint, "out of memory")
     assert (failed.endpoint_status, failed.error) == ("Failed", "out of memory")
 
