@@ -181,7 +181,7 @@ class DockerLauncher:
             "Memory": type.memory_bytes,
             "MemorySwap": type.memory_bytes,  # the sum of both: no swap
             "CapDrop": ["ALL"],
-            "SecurityOpt": ["no-new-privileges:true"],
+            "SecurityOpt": ["no-new-privileges"],
             "LogConfig": {"Type": "json-file", "Config": LOG_OPTIONS},
         }
         if gpus:
