@@ -145,9 +145,10 @@ class InstanceTypes(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
-    """`scaled_to`: instances that are wanted, since `scaled_at`. `crashes`: quick ones in a row; no
-    worker is started before `retry_at`. Those four and `released` are nobody else's business: they
-    change without a new version."""
+    """`scaled_to`: instances that are wanted, since `scaled_at`. `crashes`: quick ones in a row,
+    whether of one instance or of all that were started together; no worker is started before
+    `retry_at`. Those four and `released` are nobody else's business: they change without a new
+    version."""
 
     endpoint_id: str
     endpoint_name: str
@@ -228,6 +229,8 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
             return self
         if instance.ready_at and now - instance.ready_at >= SETTLED:
             return replace(self, crashes=0, retry_at=None)
+        if self.retry_at and instance.started_at < self.retry_at:
+            return self  # started together with one whose crash was counted
         crashes = self.crashes + 1
         most = MAX_CRASHES if self.endpoint_status == CREATING else CRASHES_IN_SERVICE
         if crashes >= most and not ready:
