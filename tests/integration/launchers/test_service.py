@@ -41,11 +41,10 @@ class InContainers:
             "DARKROOM_INSTALLATION": f"service{place.suffix}",
             "DARKROOM_DOCKER_URL": place.engine,
             "DARKROOM_DOCKER_NETWORK": "host",
-            "DARKROOM_WORKER_IMAGE": place.type().image,
             "DARKROOM_WORKER_CACHE": str(place.cache),
             "DARKROOM_INSTANCE_TYPES": json.dumps(
                 {
-                    "cpu": {"device": "cpu", "max": 4},
+                    "cpu": {"device": "cpu", "max": 4, "image": place.type().image},
                     "broken": {"device": "cpu", "max": 4, "image": "darkroom-nowhere:1"},
                 }
             ),
