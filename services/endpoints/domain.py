@@ -35,8 +35,8 @@ STARTING, READY, STOPPING, BROKEN = "starting", "ready", "stopping", "failed"
 """Of an instance; all but the first are its own words."""
 
 MAX_CRASHES = 5
-CRASHES_IN_SERVICE = 10
-"""One that has worked gets more time: what it misses may come back."""
+CRASHES_IN_SERVICE = 25
+"""One that has worked gets more than ten minutes: what it misses may come back."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 SETTLED = timedelta(seconds=10)
 """A worker that dies sooner after it was ready counts as one that can't start."""
@@ -222,16 +222,25 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
             version=self.version + 1,
         )
 
-    def note_crash(self, instance: Instance, reason: str, *, ready: int, now: datetime) -> Endpoint:
+    def note_crash(
+        self,
+        instance: Instance,
+        reason: str,
+        *,
+        ready: int,
+        recovered: bool = False,
+        now: datetime,
+    ) -> Endpoint:
         """The next start waits the longer, the more crashes there were; too many without an
-        instance that is ready (`ready`: how many are) end the attempt."""
+        instance that is ready (`ready`: how many are) end the attempt. `recovered`: since the last
+        crash an instance was started that goes on well."""
         if self.ended:
             return self
         if instance.ready_at and now - instance.ready_at >= SETTLED:
             return replace(self, crashes=0, retry_at=None)
         if self.retry_at and instance.started_at < self.retry_at:
             return self  # started together with one whose crash was counted
-        crashes = self.crashes + 1
+        crashes = 1 if recovered else self.crashes + 1
         most = MAX_CRASHES if self.endpoint_status == CREATING else CRASHES_IN_SERVICE
         if crashes >= most and not ready:
             return replace(
@@ -409,7 +418,7 @@ def _ending(
     if instance.status == STARTING and now - instance.started_at > patience.ready:
         seconds = patience.ready.total_seconds()
         return Ending(instance=instance, crash=f"the worker was not ready within {seconds:g} s")
-    if instance.status == READY and pulse.silent > patience.silent:
+    if instance.ready_at and pulse.silent > patience.silent:
         seconds = patience.silent.total_seconds()
         return Ending(instance=instance, crash=f"the worker said nothing for {seconds:g} s")
     return None

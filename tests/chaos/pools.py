@@ -2,7 +2,8 @@
 
 - Tiny jobs run on one endpoint while its workers and the endpoints service are killed with -9 at
   random. Counts jobs that are lost (without an end), doubled (with more than one), stuck (nobody
-  has them) or failed, and tells the longest wait from start to end.
+  has them) or failed, and tells the longest wait from start to end. `--pause`: seconds between two
+  kills; a worker needs some to start, and a job fails with the third worker that dies on it.
 - Then kills at random come faster than anything recovers. When they stop, what is left over is
   counted: workers that no row knows, engines without a worker, rows without a worker.
 """
@@ -302,21 +303,23 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=300)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--instances", type=int, default=3)
+    parser.add_argument("--pause", type=float, nargs=2, default=(3.0, 12.0))
     parser.add_argument("--seed", type=int, default=random.randrange(1000))
     asked: Any = parser.parse_args()
     print(f"seed {asked.seed}")
     with Stack.temporary(settings={"DARKROOM_WORKER_THREADS": "1"}) as stack:
         admin = deploy(stack, asked.instances)
-        figures = run_jobs(
-            stack,
-            admin,
-            jobs=asked.jobs,
-            instances=asked.instances,
-            pause=(1, 6),
-            seed=asked.seed,
-        )
-        print(show(figures), flush=True)
-        wait_for_all(admin, asked.instances)
+        if asked.jobs:
+            figures = run_jobs(
+                stack,
+                admin,
+                jobs=asked.jobs,
+                instances=asked.instances,
+                pause=tuple(asked.pause),
+                seed=asked.seed,
+            )
+            print(show(figures), flush=True)
+            wait_for_all(admin, asked.instances)
         left = kill_fast(
             stack,
             admin,
