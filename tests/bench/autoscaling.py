@@ -198,6 +198,7 @@ def _draw(axes: list[Axes], load: Load, scaled: Pool, fixed: Pool, size: int) ->
     waiting.set_xlabel("hours")
     for axis in (backlog, waiting):
         axis.set_yscale("symlog", linthresh=1)
+        axis.set_ylim(bottom=0)
     for axis in axes:
         axis.legend(loc="upper right", fontsize=8)
         axis.grid(alpha=0.3)
