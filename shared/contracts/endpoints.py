@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from shared.contracts.envelope import Command, State
+from shared.contracts.envelope import Command, Message, State
 
 OWNER = "endpoints"
 
@@ -90,3 +90,14 @@ class EndpointDeleted(Endpoint, frozen=True, kw_only=True): ...
 
 
 class EndpointSynced(Endpoint, frozen=True, kw_only=True): ...
+
+
+class InstanceSeen(Message, frozen=True, kw_only=True):
+    """Telemetry on core NATS, never stored: a worker lives, and shows what it counts at
+    `http://{address}/metrics`. Emitter: worker."""
+
+    endpoint_id: str
+    endpoint_name: str
+    instance_id: str
+    device: str
+    address: str

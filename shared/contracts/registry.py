@@ -57,6 +57,7 @@ TYPES: dict[str, type[Message]] = {
     "endpoints.endpoint_failed.v1": endpoints.EndpointFailed,
     "endpoints.endpoint_deleted.v1": endpoints.EndpointDeleted,
     "endpoints.endpoint_synced.v1": endpoints.EndpointSynced,
+    "endpoints.instance_seen.v1": endpoints.InstanceSeen,
     "inference.create_job.v1": inference.CreateJob,
     "inference.start_job.v1": inference.StartJob,
     "inference.cancel_job.v1": inference.CancelJob,

@@ -6,6 +6,7 @@
     jobs.<endpoint id>                  JOBS       work queue, one durable consumer per endpoint
     dead.<owner>                        DEAD       what could not be handled, with the reason
     progress.<job or checkpoint id>     core NATS  steps, previews, bytes; never stored
+    instances.<instance id>             core NATS  a worker lives, and where its metrics are
 
 This is the one place that declares streams; `deploy/` applies it and services only bind.
 """
@@ -178,6 +179,10 @@ def progress_subject(id_: str) -> str:
     return f"progress.{_token(id_)}"
 
 
+def instance_subject(instance_id: str) -> str:
+    return f"instances.{_token(instance_id)}"
+
+
 def dead_subject(owner: str) -> str:
     return f"dead.{owner}"
 
@@ -227,6 +232,7 @@ PERMISSIONS: dict[str, Permissions] = {
                 if is_command(name) and command_subject(name) not in _WORKER_SUBJECTS
             ),
             f"$JS.API.STREAM.INFO.{EVENTS}",
+            f"$JS.API.STREAM.INFO.{DEAD}",
             f"$JS.API.CONSUMER.CREATE.{EVENTS}",  # the form of an ordered consumer
             f"$JS.API.CONSUMER.CREATE.{EVENTS}.>",
             f"$JS.API.CONSUMER.INFO.{EVENTS}.>",
@@ -236,7 +242,7 @@ PERMISSIONS: dict[str, Permissions] = {
             f"$JS.API.DIRECT.GET.{EVENTS}.>",
             "$JS.FC.>",
         ],
-        ["_INBOX_gateway.>", "progress.*"],
+        ["_INBOX_gateway.>", "progress.*", "instances.*"],
     ),
     "identity": _service("identity"),
     "models": _service("models", "progress.*"),
@@ -252,6 +258,7 @@ PERMISSIONS: dict[str, Permissions] = {
         [
             *_WORKER_SUBJECTS,
             "progress.*",
+            "instances.*",
             *_pull(JOBS, "*"),
             # Whether its job is still wanted: get_last_msg(EVENTS, job_events_subject(…), direct)
             f"$JS.API.DIRECT.GET.{EVENTS}.{_JOB_EVENTS}",
