@@ -29,6 +29,7 @@ from deploy.local.installation import (
 PASS_THROUGH = (
     # all
     "DARKROOM_LOG_LEVEL",
+    "DARKROOM_OTLP_URL",
     "DARKROOM_S3_PUBLIC_URL",
     "DARKROOM_S3_REGION",
     # gateway
@@ -77,7 +78,18 @@ GATEWAYS = "DARKROOM_GATEWAYS"
 """How many gateways to run; read by the supervisor itself."""
 
 KEPT = ("PATH", "HOME", "USER", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
-KEPT_PREFIXES = ("LC_", "SSL_CERT_", "CUDA_", "NVIDIA_", "ROCR_", "OMP_", "MKL_", "NUMBA_", "HF_")
+KEPT_PREFIXES = (
+    "LC_",
+    "SSL_CERT_",
+    "CUDA_",
+    "NVIDIA_",
+    "ROCR_",
+    "OMP_",
+    "MKL_",
+    "NUMBA_",
+    "HF_",
+    "OTEL_",
+)
 """The rest of the shell's environment stays outside: PG…, AWS_… and proxies change behaviour."""
 
 
@@ -152,10 +164,18 @@ def _describe(
             "PYTHONUNBUFFERED": "1",
             **{key: value for key, value in settings.items() if key in PASS_THROUGH},
             **_environment(installation, module),
+            **_metrics_port(installation, name, module),
             "DARKROOM_HTTP_HOST": "127.0.0.1",
             "DARKROOM_HTTP_PORT": str(port),
         },
     )
+
+
+def _metrics_port(installation: Installation, name: str, module: str) -> dict[str, str]:
+    """The others show what they count on the port of their health."""
+    if module != "gateway":
+        return {}
+    return {"DARKROOM_METRICS_PORT": str(installation.ports[f"{name}_metrics"])}
 
 
 def _environment(installation: Installation, module: str) -> dict[str, str]:

@@ -16,6 +16,7 @@ BUILT_IN = {
 
 
 HANDED_ON = (
+    "otlp_url",
     "cache_bytes",
     "job_seconds",
     "jobs_in_hand",

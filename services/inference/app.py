@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from functools import partial
 
+from services.inference import metrics
 from services.inference.commands import remove_leftovers
 from services.inference.settings import Settings
 from services.inference.subscribers import commands_with, reactions_with
@@ -46,5 +47,7 @@ def build(settings: Settings, object_settings: ObjectSettings) -> Service:
         checks={"s3": objects.check},
         background=remove_what_was_left,
         resources=[objects.open()],
+        observe=metrics.observe,
+        sample=lambda service: [metrics.queues_sampler(service.pool)],
     )
     return service

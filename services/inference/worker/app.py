@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ from services.inference.worker.cache import ModelCache
 from services.inference.worker.engine import EngineDied, EngineProcess
 from services.inference.worker.hand import Hand
 from services.inference.worker.job import Tools
+from services.inference.worker.metrics import gpu_sampler, worker_sampler
 from services.inference.worker.reports import Reports
 from services.inference.worker.settings import Settings
-from shared import logs
+from shared import logs, tracing
 from shared.bus import make_broker, wait_for_consumer
 from shared.contracts.subjects import JOBS, jobs_durable
 from shared.health import Check
+from shared.metrics import Sampler
 from shared.objects import Objects
 from shared.service import HealthServer
 from shared.settings import ObjectSettings
@@ -32,6 +35,10 @@ log = logs.get_logger(__name__)
 
 PULL_SECONDS = 3.0
 """A pull that a restart of the bus has swallowed is noticed after this long."""
+
+
+SEEN_EVERY = 5
+"""Seconds after which a worker shows itself again."""
 
 
 class EndpointGone(Exception):
@@ -53,17 +60,25 @@ class Worker:
             settings.engine, settings.device, cache, settings.engine_options
         )
         self._checks: dict[str, Check] = {"starting": _starting}
+        self._samplers: list[Sampler] = [gpu_sampler(settings.device)]
+        self._health = HealthServer(settings, self._checks, self._samplers)
 
     def run(self) -> int:
         """The exit code: 0 when stopped or when the endpoint is gone, 1 when the engine is."""
-        logs.configure("worker", self._settings.log_level)
-        return uvloop.run(self.serve())
+        settings = self._settings
+        logs.configure("worker", settings.log_level)
+        tracing.configure(
+            "worker", settings.otlp_url, **{"service.instance.id": settings.instance_id}
+        )
+        code = uvloop.run(self.serve())
+        tracing.close()
+        return code
 
     async def serve(self) -> int:
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        async with HealthServer(self._settings, self._checks).serving(), self._objects.open():
+        async with self._health.serving(), self._objects.open():
             try:
                 return await self._serve(stop)
             finally:
@@ -99,6 +114,7 @@ class Worker:
         self._pull(broker, hand)
         await broker.start()
         self._set_checks(client, js)
+        self._samplers.append(worker_sampler(lambda: self._engine.pid, lambda: hand.counts))
         watching = asyncio.create_task(self._watch(client, js, reports))
         log.info("ready", endpoint_id=self._settings.endpoint_id, device=self._settings.device)
         ends: list[asyncio.Future[Any]] = [stopped, watching, hand.broken]
@@ -153,11 +169,22 @@ class Worker:
             if client.is_connected and client.stats["reconnects"] != reported:
                 reported = client.stats["reconnects"]
                 await reports.instance("ready")
+            if second % SEEN_EVERY == 0:
+                await reports.seen(self._address())
             await asyncio.sleep(1)
             second += 1
             if second % 5 == 0 or missing:
                 missing = missing + 1 if await self._is_gone(js) else 0
         raise EndpointGone(self._settings.endpoint_id)
+
+    def _address(self) -> str:
+        """Where others reach `/metrics`; empty while nobody does."""
+        settings = self._settings
+        if settings.http_address or self._health.port is None:
+            return settings.http_address
+        anywhere = settings.http_host in ("0.0.0.0", "::")  # noqa: S104
+        host = socket.gethostname() if anywhere else settings.http_host
+        return f"{host}:{self._health.port}"
 
     async def _is_gone(self, js: JetStreamContext) -> bool:
         try:

@@ -96,6 +96,10 @@ class EngineProcess:
     def alive(self) -> bool:
         return self._process is not None and self._process.returncode is None
 
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process and self.alive else None
+
     async def check(self) -> None:
         """Raises while there is no engine."""
         if not self.alive:

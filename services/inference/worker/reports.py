@@ -12,8 +12,9 @@ from typing import Any
 from nats.js import JetStreamContext
 
 from services.inference.worker.settings import Settings
+from shared import tracing
 from shared.contracts import envelope as cloud
-from shared.contracts.endpoints import ReportInstance
+from shared.contracts.endpoints import InstanceSeen, ReportInstance
 from shared.contracts.envelope import Command, Envelope
 from shared.contracts.inference import (
     JobPreview,
@@ -23,7 +24,7 @@ from shared.contracts.inference import (
     ReportJobSucceeded,
 )
 from shared.contracts.registry import type_of
-from shared.contracts.subjects import command_subject, progress_subject
+from shared.contracts.subjects import command_subject, instance_subject, progress_subject
 from shared.logs import get_logger
 
 log = get_logger(__name__)
@@ -61,6 +62,27 @@ class Reports:
         )
         await self._send(report, type_of(report), cloud.new_id(), report.endpoint_id, None)
 
+    async def seen(self, address: str) -> None:
+        """Telemetry: who listens hears it, nobody keeps it."""
+        settings = self._settings
+        if not self._client.is_connected:
+            return
+        message = InstanceSeen(
+            endpoint_id=settings.endpoint_id,
+            endpoint_name=settings.endpoint_name or settings.endpoint_id,
+            instance_id=settings.instance_id,
+            device=settings.device,
+            address=address,
+        )
+        framed = cloud.wrap(
+            message, type=type_of(message), source=self._source, subject=settings.instance_id
+        )
+        try:
+            subject = instance_subject(settings.instance_id)
+            await self._client.publish(subject, cloud.encode(framed))
+        except Exception as error:
+            log.debug("not_seen", error=repr(error))
+
     def progress(self, job_id: str, attempt: int, cause: Envelope) -> Progress:
         return Progress(self._client, self._source, job_id, attempt, cause)
 
@@ -68,7 +90,13 @@ class Reports:
         self, message: Command, name: str, id_: str, subject: str, cause: Envelope | None
     ) -> None:
         framed = cloud.wrap(
-            message, type=name, source=self._source, subject=subject, id=id_, cause=cause
+            message,
+            type=name,
+            source=self._source,
+            subject=subject,
+            id=id_,
+            cause=cause,
+            traceparent=tracing.traceparent(),
         )
         body, pause = cloud.encode(framed), 0.1
         while True:
