@@ -57,6 +57,10 @@ check: setup
     .venv/bin/lint-imports
     {{ python }} -m tests.architecture.docs
 
+# write the documents that are made from the code: docs/asyncapi.json, docs/events.md
+docs: setup
+    @{{ python }} -m deploy.docs
+
 # format the code
 format: setup
     .venv/bin/ruff check --fix .

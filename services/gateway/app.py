@@ -36,9 +36,9 @@ from shared.settings import ObjectSettings
 
 log = logs.get_logger(__name__)
 
-OPEN_PATHS = ("/healthz", "/readyz", "/docs", "/api")
+OPEN_PATHS = ("/healthz", "/readyz", "/docs", "/api", "/asyncapi")
 """Served without an API key: health for orchestrators, and the public description of the API."""
-ALWAYS = ("/healthz", "/readyz", "/docs", "/api", "/ping")
+ALWAYS = (*OPEN_PATHS, "/ping")
 """Served while the servers behind are still waited for."""
 
 Asgi = Callable[[Any, Any, Any], Awaitable[None]]
