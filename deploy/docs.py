@@ -43,7 +43,7 @@ def _channels(document: dict[str, Any]) -> Iterator[str]:
     def rank(item: tuple[str, dict[str, Any]]) -> tuple[bool, int]:
         """What everybody may read first; then events, work, telemetry, commands."""
         address = item[1]["address"]
-        first = ("evt", "jobs", "progress", "instances", "dead", "cmd").index(address.split(".")[0])
+        first = ("evt", "jobs", "progress", "beats", "dead", "cmd").index(address.split(".")[0])
         return not asyncapi.is_open(address), first
 
     for id_, channel in sorted(document["channels"].items(), key=rank):

@@ -4,5 +4,5 @@ Owns        schema `endpoints`: endpoints, instances; the JOBS consumer of each 
             the worker processes and their records under `<run>/workers/`
 Accepts     endpoints.create_endpoint, delete_endpoints, report_instance (workers only), resync
 Emits       endpoints.endpoint_*
-Listens to  no foreign event; `reactions.py` follows the worker processes
+Listens to  no foreign event; `reactions.py` follows the workers, their beats and their queues
 """

@@ -15,9 +15,9 @@ from nats.js import JetStreamContext
 from prometheus_client import Counter, Gauge, Histogram
 
 from shared.contracts import envelope as cloud
-from shared.contracts.endpoints import InstanceSeen
+from shared.contracts.endpoints import InstanceBeat
 from shared.contracts.registry import payload
-from shared.contracts.subjects import DEAD, EVENTS
+from shared.contracts.subjects import DEAD, EVENTS, beat_subject
 from shared.metrics import CONSUMER_PENDING, SECONDS, Reading, Sampler
 
 COMMAND = Histogram(
@@ -69,17 +69,17 @@ class Workers:
     """Those that have shown themselves lately, as Prometheus' HTTP service discovery wants them."""
 
     def __init__(self) -> None:
-        self._seen: dict[str, tuple[float, InstanceSeen]] = {}
+        self._seen: dict[str, tuple[float, InstanceBeat]] = {}
 
     async def follow(self, client: Client) -> None:
-        await client.subscribe("instances.*", cb=self._on_seen)
+        await client.subscribe(beat_subject("*"), cb=self._on_seen)
 
     async def _on_seen(self, message: Msg) -> None:
         try:
             seen = payload(cloud.decode(message.data))
         except (msgspec.MsgspecError, KeyError):
             return
-        if isinstance(seen, InstanceSeen) and seen.address:
+        if isinstance(seen, InstanceBeat) and seen.address:
             self._seen[seen.instance_id] = (time.monotonic(), seen)
 
     async def list_targets(self) -> bytes:
@@ -90,7 +90,7 @@ class Workers:
         return msgspec.json.encode([_target(seen) for _, seen in self._seen.values()])
 
 
-def _target(seen: InstanceSeen) -> dict[str, Any]:
+def _target(seen: InstanceBeat) -> dict[str, Any]:
     labels = {
         "endpoint": seen.endpoint_name,
         "instance_id": seen.instance_id,

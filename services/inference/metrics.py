@@ -13,6 +13,7 @@ from shared.contracts.inference import (
     Job,
     JobCancelled,
     JobFailed,
+    JobMoved,
     JobStarted,
     JobSucceeded,
     JobTaken,
@@ -32,6 +33,9 @@ RETRIED = Counter(
     "darkroom_jobs_retried_total",
     "Further attempts: a worker or its engine died",
     ["endpoint"],
+)
+MOVED = Counter(
+    "darkroom_jobs_moved_total", "Jobs that came from an endpoint that has ended", ["endpoint"]
 )
 IMAGES = Counter("darkroom_images_total", "Pictures made", ["endpoint"])
 STAGES = Histogram(
@@ -59,6 +63,8 @@ def observe(message: Message) -> None:
     match message:
         case JobStarted():
             STARTED.labels(endpoint).inc()
+        case JobMoved():
+            MOVED.labels(endpoint).inc()
         case JobTaken(attempt=1, started_at=started, taken_at=taken) if started and taken:
             behind = sum(message.seconds.values())
             waited = (taken - started).total_seconds() - behind

@@ -38,11 +38,11 @@ _TELEMETRY: dict[type[Message], str] = {
     inference.JobProgress: "progress.{id}",
     inference.JobPreview: "progress.{id}",
     models.CheckpointProgress: "progress.{id}",
-    endpoints.InstanceSeen: "instances.{instance_id}",
+    endpoints.InstanceBeat: "beats.{instance_id}",
 }
 _EMITTERS = {
     "progress.{id}": "worker (of a job), models (of a checkpoint)",
-    "instances.{instance_id}": "worker",
+    "beats.{instance_id}": "worker",
     "jobs.{endpoint_id}": "inference",
     "dead.{owner}": "the service that gave the message up",
 }

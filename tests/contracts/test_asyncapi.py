@@ -17,17 +17,17 @@ from jsonschema import (  # type: ignore[import-untyped]
 from deploy.docs import FOLDER, written
 from shared.contracts import asyncapi
 from shared.contracts import envelope as cloud
-from shared.contracts.endpoints import InstanceSeen
+from shared.contracts.endpoints import InstanceBeat
 from shared.contracts.envelope import Completed, DeadLetter, Rejected, State
 from shared.contracts.inference import JobPreview, JobProgress, RunJob
 from shared.contracts.models import CheckpointProgress
 from shared.contracts.registry import TYPES, is_command, payload
 from shared.contracts.subjects import (
     PERMISSIONS,
+    beat_subject,
     command_subject,
     dead_subject,
     event_subject,
-    instance_subject,
     progress_subject,
     run_job_subject,
 )
@@ -109,8 +109,8 @@ def subject_of(type_name: str) -> str:
             return progress_subject(message.job_id)
         case CheckpointProgress():
             return progress_subject(message.checkpoint_id)
-        case InstanceSeen():
-            return instance_subject(message.instance_id)
+        case InstanceBeat():
+            return beat_subject(message.instance_id)
         case DeadLetter():
             return dead_subject("models")
     assert is_command(type_name)

@@ -158,7 +158,7 @@ def test_every_process_shows_what_it_counts(samples: list[Sample]) -> None:
         assert shown("darkroom_job_stage_seconds_count", **measured) == 1, stage
     assert shown("darkroom_worker_images_total") == 1
     assert shown("darkroom_worker_steps_total") >= PARAMS["steps"]  # type: ignore[operator]
-    assert shown("darkroom_worker_engine_memory_bytes") > 50e6
+    assert shown("darkroom_device_memory_used_bytes", device="cpu") > 50e6
     assert set(values(samples, "darkroom_dependency_up")) == {1.0}
 
 

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -253,13 +253,14 @@ class Bus:
         *checkpoints: models.Checkpoint,
         params: bytes | None = b"{}",
         job_id: str | None = None,
+        inference_type: str = "Async",
     ) -> CreateJob:
         """Created, and its params uploaded."""
         job_id = job_id or new_id()
         command = CreateJob(
             job_id=job_id,
             owner="alice",
-            inference_type="Async",
+            inference_type=inference_type,
             task_type="txt2img",
             models=[
                 *(
@@ -286,16 +287,39 @@ class Bus:
             )
         return command
 
-    async def start_job(self, job_id: str, *pools: endpoints.Endpoint) -> Message:
-        return await self.ask(StartJob(job_id=job_id, username="alice", endpoints=list(pools)))
+    async def start_job(
+        self,
+        job_id: str,
+        *pools: endpoints.Endpoint,
+        username: str = "alice",
+        roles: Sequence[str] = (),
+    ) -> Message:
+        command = StartJob(
+            job_id=job_id, username=username, endpoints=list(pools), roles=list(roles)
+        )
+        return await self.ask(command)
 
     async def run_job(
-        self, endpoint: endpoints.Endpoint, params: bytes, *checkpoints: models.Checkpoint
+        self,
+        endpoint: endpoints.Endpoint,
+        params: bytes,
+        *checkpoints: models.Checkpoint,
+        username: str = "alice",
     ) -> str:
         """Created and started; its id."""
         job = await self.make_job(*checkpoints, params=params)
-        assert isinstance(await self.start_job(job.job_id, endpoint), inference.JobStarted)
+        answer = await self.start_job(job.job_id, endpoint, username=username)
+        assert isinstance(answer, inference.JobStarted)
         return job.job_id
+
+    async def knows(self, endpoint: endpoints.Endpoint) -> bool:
+        """Whether the ledger has heard of it."""
+        pool = await self.pool()
+        version = await pool.fetchval(
+            "SELECT version FROM endpoints WHERE endpoint_id = $1", endpoint.endpoint_id
+        )
+        await pool.close()
+        return bool(version == endpoint.version)
 
     async def waiting(self, endpoint_id: str) -> int:
         """Messages in the queue of an endpoint."""

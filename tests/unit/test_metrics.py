@@ -1,21 +1,16 @@
-"""What is counted when, without servers. NVML is played by functions that fill in what it would."""
+"""What is counted when, without servers."""
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, timedelta
-from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
-import pytest
 from prometheus_client import REGISTRY, Gauge
 
 from services.inference import metrics as ledger
 from services.inference.domain import Job
-from services.inference.worker import gpu
-from services.inference.worker.gpu import Gpu, GpuError, read_gpu
 from shared.contracts import inference
 from shared.metrics import Reading, Sampler, scrape
 
@@ -82,6 +77,7 @@ def test_the_ledger_counts_a_job_by_its_events() -> None:
     for event in (
         inference.JobStarted.of(started),
         inference.JobTaken.of(taken),
+        inference.JobMoved.of(taken),
         inference.JobTaken.of(again),
         inference.JobSucceeded.of(done),
         inference.JobSynced.of(done),
@@ -92,70 +88,10 @@ def test_the_ledger_counts_a_job_by_its_events() -> None:
     stage = "darkroom_job_stage_seconds"
     assert count("darkroom_jobs_started_total", endpoint=endpoint) == 1
     assert count("darkroom_jobs_retried_total", endpoint=endpoint) == 1
+    assert count("darkroom_jobs_moved_total", endpoint=endpoint) == 1
     assert count("darkroom_images_total", endpoint=endpoint) == 2
     assert count(f"{stage}_sum", endpoint=endpoint, stage="queue") == 3.0
     assert count(f"{stage}_sum", endpoint=endpoint, stage="render") == 4.0
     assert count("darkroom_job_seconds_sum", endpoint=endpoint) == 9.0
     for end in ("succeed", "failed", "cancelled"):
         assert count("darkroom_jobs_ended_total", endpoint=endpoint, end=end) == 1
-
-
-class Nvml:
-    """Two GPUs, the second of which is busy."""
-
-    def __init__(self) -> None:
-        self.asked: list[object] = []
-
-    def nvmlDeviceGetHandleByIndex_v2(self, index: ctypes.c_uint, handle: Any) -> int:
-        handle._obj.value = index.value + 1
-        return 0 if index.value < 2 else 2
-
-    def nvmlDeviceGetHandleByUUID(self, uuid: bytes, handle: Any) -> int:
-        handle._obj.value = int(uuid.decode()[-1]) + 1
-        return 0
-
-    def nvmlDeviceGetMemoryInfo(self, handle: ctypes.c_void_p, memory: Any) -> int:
-        memory._obj.total, memory._obj.used = 80 * 1024**3, (handle.value or 0) * 1024**3
-        return 0
-
-    def nvmlDeviceGetUUID(self, handle: ctypes.c_void_p, uuid: Any, length: object) -> int:
-        uuid.value = f"GPU-{(handle.value or 0) - 1}".encode()
-        return 0
-
-    def nvmlDeviceGetUtilizationRates(self, handle: ctypes.c_void_p, rates: Any) -> int:
-        rates._obj.gpu = 75
-        return 0 if handle.value == 2 else 3  # not supported
-
-
-@pytest.mark.parametrize(
-    ("visible", "device", "seen"),
-    [
-        (None, "cuda", "GPU-0"),
-        (None, "cuda:1", "GPU-1"),
-        ("1", "cuda", "GPU-1"),
-        ("1,0", "cuda:1", "GPU-0"),
-        ("GPU-1", "cuda", "GPU-1"),
-    ],
-)
-def test_a_gpu_is_found_as_cuda_counts(
-    monkeypatch: pytest.MonkeyPatch, visible: str | None, device: str, seen: str
-) -> None:
-    monkeypatch.setattr(gpu, "_open", Nvml)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if visible is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    number = int(seen[-1])
-    assert read_gpu(device) == Gpu(
-        seen, (number + 1) * 1024**3, 80 * 1024**3, busy=0.75 if number == 1 else 0.0
-    )
-
-
-def test_a_gpu_that_does_not_answer_is_an_error_and_a_cpu_is_none(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(gpu, "_open", Nvml)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
-    with pytest.raises(GpuError):
-        read_gpu("cuda")
-    monkeypatch.setattr(gpu, "_open", lambda: SimpleNamespace())
-    assert read_gpu("cpu") is None

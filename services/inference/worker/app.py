@@ -19,12 +19,12 @@ from services.inference.worker.cache import ModelCache
 from services.inference.worker.engine import EngineDied, EngineProcess
 from services.inference.worker.hand import Hand
 from services.inference.worker.job import Tools
-from services.inference.worker.metrics import gpu_sampler, worker_sampler
+from services.inference.worker.metrics import worker_sampler
 from services.inference.worker.reports import Reports
 from services.inference.worker.settings import Settings
 from shared import logs, tracing
 from shared.bus import make_broker, wait_for_consumer
-from shared.contracts.subjects import JOBS, jobs_durable
+from shared.contracts.subjects import BEAT, JOBS, jobs_durable
 from shared.health import Check
 from shared.metrics import Sampler
 from shared.objects import Objects
@@ -35,10 +35,6 @@ log = logs.get_logger(__name__)
 
 PULL_SECONDS = 3.0
 """A pull that a restart of the bus has swallowed is noticed after this long."""
-
-
-SEEN_EVERY = 5
-"""Seconds after which a worker shows itself again."""
 
 
 class EndpointGone(Exception):
@@ -60,7 +56,7 @@ class Worker:
             settings.engine, settings.device, cache, settings.engine_options
         )
         self._checks: dict[str, Check] = {"starting": _starting}
-        self._samplers: list[Sampler] = [gpu_sampler(settings.device)]
+        self._samplers: list[Sampler] = []
         self._health = HealthServer(settings, self._checks, self._samplers)
 
     def run(self) -> int:
@@ -114,8 +110,11 @@ class Worker:
         self._pull(broker, hand)
         await broker.start()
         self._set_checks(client, js)
-        self._samplers.append(worker_sampler(lambda: self._engine.pid, lambda: hand.counts))
+        self._samplers.append(
+            worker_sampler(self._settings.device, lambda: self._engine.well, lambda: hand.counts)
+        )
         watching = asyncio.create_task(self._watch(client, js, reports))
+        beating = asyncio.create_task(self._beat(reports, hand))
         log.info("ready", endpoint_id=self._settings.endpoint_id, device=self._settings.device)
         ends: list[asyncio.Future[Any]] = [stopped, watching, hand.broken]
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -123,6 +122,7 @@ class Worker:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(reports.instance("stopping"), 1)
         await hand.stop()
+        beating.cancel()
         for task in (watching, hand.broken):
             if task.done() and (error := task.exception()):
                 return await self._give_up(error, reports, broker)
@@ -169,13 +169,21 @@ class Worker:
             if client.is_connected and client.stats["reconnects"] != reported:
                 reported = client.stats["reconnects"]
                 await reports.instance("ready")
-            if second % SEEN_EVERY == 0:
-                await reports.seen(self._address())
             await asyncio.sleep(1)
             second += 1
             if second % 5 == 0 or missing:
                 missing = missing + 1 if await self._is_gone(js) else 0
         raise EndpointGone(self._settings.endpoint_id)
+
+    async def _beat(self, reports: Reports, hand: Hand) -> None:
+        """Says how this worker is, also while it finishes its jobs."""
+        while True:
+            with contextlib.suppress(EngineDied):  # whoever has the job knows it
+                await self._engine.look()
+            await reports.beat(
+                self._settings.device, self._engine.well, hand.begun, address=self._address()
+            )
+            await asyncio.sleep(BEAT)
 
     def _address(self) -> str:
         """Where others reach `/metrics`; empty while nobody does."""

@@ -91,14 +91,13 @@ class EngineProcess:
         self._listening: asyncio.Task[None] | None = None
         self._starting = asyncio.Lock()
         self._jobs: dict[str, asyncio.Queue[Said]] = {}
+        self._asked = False
+        self.well: frames.Well | None = None
+        """What it said last of itself."""
 
     @property
     def alive(self) -> bool:
         return self._process is not None and self._process.returncode is None
-
-    @property
-    def pid(self) -> int | None:
-        return self._process.pid if self._process and self.alive else None
 
     async def check(self) -> None:
         """Raises while there is no engine."""
@@ -106,10 +105,17 @@ class EngineProcess:
             raise EngineDied("no engine is running")
 
     async def start(self) -> None:
-        """Returns when the engine is loaded. Raises EngineDied if it can't be."""
+        """Returns when the engine is loaded and has answered a probe. Raises EngineDied if it can't
+        be."""
         async with self._starting:
             if not self.alive:
                 await self._start()
+
+    async def look(self) -> None:
+        """Asks it how it is; `well` has the answer as soon as it has time for one."""
+        if self.alive and not self._asked:
+            self._asked = True
+            await self._send(frames.Look())
 
     async def run(
         self,
@@ -182,14 +188,18 @@ class EngineProcess:
         try:
             async with asyncio.timeout(START_SECONDS):
                 answer, _ = await self._answer(process)
+                if isinstance(answer, frames.Ready):
+                    await self._send(frames.Look())
+                    answer, _ = await self._answer(process)
         except TimeoutError:
             await self.kill()
             raise EngineDied(f"it did not load within {START_SECONDS:.0f} s") from None
         except BaseException:
             await self.kill()
             raise
-        if not isinstance(answer, frames.Ready):
+        if not isinstance(answer, frames.Well):
             raise await self._died(process, f"it said {type(answer).__name__} first")
+        self.well, self._asked = answer, False
         log.info("engine_ready", pid=process.pid, device=self._device)
         self._listening = asyncio.create_task(self._listen(process))
 
@@ -200,7 +210,9 @@ class EngineProcess:
                 answer, parts = await self._answer(process)
                 if isinstance(answer, frames.Ready | frames.Broken):
                     raise await self._died(process, f"it said {type(answer).__name__} out of turn")
-                if answer.job_id in self._jobs:
+                if isinstance(answer, frames.Well):
+                    self.well, self._asked = answer, False
+                elif answer.job_id in self._jobs:
                     self._jobs[answer.job_id].put_nowait((answer, parts))
         except EngineDied as death:
             for said in self._jobs.values():
