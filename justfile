@@ -29,6 +29,10 @@ status: setup
 logs *ARGS: setup
     @{{ python }} -m deploy.local logs "$@"
 
+# one job's timeline, from its events: just trace JOB
+trace *ARGS: setup
+    @{{ python }} -m deploy.local.trace "$@"
+
 # delete all data and secrets, after asking
 reset *ARGS: setup
     @{{ python }} -m deploy.local reset "$@"

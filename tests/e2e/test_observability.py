@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
 import pytest
+import yaml  # type: ignore[import-untyped]
+from prometheus_client import REGISTRY, Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
 from deploy.local.client import Client
 from deploy.local.demo import CHECKPOINT
+from deploy.local.installation import REPOSITORY
 from deploy.local.stack import Stack
+from services.gateway import metrics as _of_the_gateway  # noqa: F401  # for its labels
+from services.inference import metrics as _of_the_ledger  # noqa: F401
+from services.inference.worker import metrics as _of_workers  # noqa: F401
+from shared.metrics import message_middleware
 from tests.e2e.otlp import Collector, Span, collecting
 
+message_middleware("for its labels")
 ENDPOINT = "observed"
 MODEL = {"Stable-diffusion": [CHECKPOINT.name], "VAE": ["Automatic"]}
 PARAMS = {"prompt": "a red circle", "steps": 2, "width": 64, "height": 64, "seed": 1}
@@ -114,8 +127,12 @@ def test_one_trace_leads_from_the_request_to_the_worker_and_back(
 
 
 def scrape(url: str) -> list[Sample]:
+    return [sample for family in families(url) for sample in family.samples]
+
+
+def families(url: str) -> list[Metric]:
     text = httpx.get(f"{url}/metrics", trust_env=False).raise_for_status().text
-    return [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    return list(text_string_to_metric_families(text))
 
 
 def values(samples: list[Sample], name: str, **labels: str) -> list[float]:
@@ -123,15 +140,45 @@ def values(samples: list[Sample], name: str, **labels: str) -> list[float]:
 
 
 @pytest.fixture
-def samples(observed: Stack, job_id: str) -> list[Sample]:
+def addresses(observed: Stack, job_id: str) -> list[str]:
     """Of all processes, the worker found as Prometheus would find it."""
     ports = observed.installation.ports
-    found = [s for name in PROCESSES for s in scrape(f"http://127.0.0.1:{ports[name]}")]
     listed = f"http://127.0.0.1:{ports['gateway_metrics']}/workers"
     (target,) = eventually(lambda: httpx.get(listed, trust_env=False).json())
     assert target["labels"]["endpoint"] == ENDPOINT
     (address,) = target["targets"]
-    return found + scrape(f"http://{address}")
+    return [*(f"http://127.0.0.1:{ports[name]}" for name in PROCESSES), f"http://{address}"]
+
+
+@pytest.fixture
+def samples(addresses: list[str]) -> list[Sample]:
+    return [sample for address in addresses for sample in scrape(address)]
+
+
+@pytest.fixture
+def names(addresses: list[str]) -> dict[str, set[str]]:
+    """Name -> its labels, as the processes tell them. What has not happened yet (a dead letter) has
+    a name, and no labels to see: they are taken from the code."""
+    found: dict[str, set[str]] = {}
+    for address in addresses:
+        for family in families(address):
+            for suffix in SUFFIXES[family.type]:
+                found.setdefault(family.name + suffix, set())
+            for sample in family.samples:
+                found.setdefault(sample.name, set()).update(sample.labels)
+    for known in vars(REGISTRY)["_names_to_collectors"].items():
+        if known[0] in found:
+            found[known[0]].update(getattr(known[1], "_labelnames", ()))
+    return found
+
+
+SUFFIXES = {
+    "counter": ("_total",),
+    "gauge": ("",),
+    "histogram": ("_bucket", "_sum", "_count"),
+    "summary": ("_sum", "_count"),
+    "unknown": ("",),
+}
 
 
 def test_every_process_shows_what_it_counts(samples: list[Sample]) -> None:
@@ -176,14 +223,10 @@ def test_api_clients_have_no_way_to_the_metrics(observed: Stack, artist: Client)
 
 
 def test_queues_are_seen_while_they_wait(observed: Stack, artist: Client) -> None:
-    artist.create_endpoint("stuck")
-    artist.wait_for_endpoint("stuck")
-    (endpoint,) = [artist.find_endpoint("stuck")]
-    assert endpoint
-    ports = observed.installation.ports
-    url = f"http://127.0.0.1:{ports['inference']}"
-    slow = PARAMS | {"steps": 150, "width": 512, "height": 512}
-    jobs = [artist.create_job("txt2img", MODEL, slow) for _ in range(3)]
+    url = f"http://127.0.0.1:{observed.installation.ports['inference']}"
+    sizes = (512, 448, 384)  # so that they are no batch
+    slow = [PARAMS | {"steps": 150, "width": size, "height": size} for size in sizes]
+    jobs = [artist.create_job("txt2img", MODEL, params) for params in slow]
     for job in jobs:
         artist.start_job(job)
 
@@ -200,3 +243,121 @@ def test_queues_are_seen_while_they_wait(observed: Stack, artist: Client) -> Non
         artist.cancel_job(job)
     eventually(lambda: not values(scrape(url), "darkroom_queue_jobs"))
     assert sum(values(scrape(url), "darkroom_jobs_ended_total", end="cancelled")) == 3
+
+
+GRAFANA = REPOSITORY / "deploy" / "grafana" / "dashboard.json"
+ALERTS = REPOSITORY / "deploy" / "prometheus" / "alerts.yaml"
+RUNBOOK = REPOSITORY / "docs" / "alerts.md"
+FROM_PROMETHEUS = {"up"}
+LABELS_OF_PROMETHEUS = {"job", "instance", "endpoint", "instance_id", "device"}
+"""Given to a target when it is scraped; the last three to workers, by `/workers`."""
+
+
+def alerts() -> list[dict[str, Any]]:
+    return [r for g in yaml.safe_load(ALERTS.read_text())["groups"] for r in g["rules"]]
+
+
+def panels() -> list[dict[str, Any]]:
+    return [p for p in json.loads(GRAFANA.read_text())["panels"] if p["type"] != "row"]
+
+
+def expressions() -> list[str]:
+    asked = [target["expr"] for panel in panels() for target in panel["targets"]]
+    return asked + [alert["expr"] for alert in alerts()]
+
+
+def metrics_in(expression: str) -> dict[str, set[str]]:
+    """Metric -> labels that are asked for, by all names of ours or of Prometheus' client."""
+    found: dict[str, set[str]] = {}
+    for name, selector in re.findall(
+        r"\b((?:darkroom|process)_\w+|up)\b(?:{([^}]*)})?", expression
+    ):
+        found.setdefault(name, set()).update(re.findall(r"(\w+)\s*=?[=!~]", selector))
+    return found
+
+
+def test_dashboards_and_alerts_ask_for_what_is_there(
+    observed: Stack, samples: list[Sample], names: dict[str, set[str]]
+) -> None:
+    asked: set[str] = set()
+    for expression in expressions():
+        for name, labels in metrics_in(expression).items():
+            assert name in names or name in FROM_PROMETHEUS, f"nobody exports {name}: {expression}"
+            known = names.get(name, set()) | LABELS_OF_PROMETHEUS
+            assert labels <= known, f"{name} has no {labels - known}: {expression}"
+            asked.add(name)
+    ours = {n for n in names if n.startswith("darkroom_") and not n.endswith("_created")}
+    families = {re.sub("_(bucket|sum|count)$", "", name) for name in ours}
+    unseen = {f for f in families if not any(name.startswith(f) for name in asked)}
+    assert unseen <= UNSEEN, f"exported and looked at by nobody: {unseen - UNSEEN}"
+
+
+UNSEEN = {
+    # FastStream's, which come with those that are looked at
+    "darkroom_bus_received_messages_total",
+    "darkroom_bus_received_messages_size_bytes",
+    "darkroom_bus_received_messages_in_process",
+    "darkroom_bus_received_processed_messages_exceptions_total",
+    "darkroom_bus_published_messages_total",
+    "darkroom_bus_published_messages_duration_seconds",
+    "darkroom_bus_published_messages_exceptions_total",
+    "darkroom_http_requests_error_total",
+}
+
+
+def test_every_alert_is_explained() -> None:
+    text = RUNBOOK.read_text()
+    for alert in alerts():
+        told = text.partition(f"\n### {alert['alert']}\n")[2].partition("\n#")[0]
+        assert f"**{alert['labels']['severity']}.**" in told, alert["alert"]
+        assert alert["annotations"]["summary"]
+        for label in re.findall(r"\$labels\.(\w+)", alert["annotations"]["summary"]):
+            wanted = [*LABELS_OF_PROMETHEUS, *re.findall(r"\w+", alert["expr"]), "dependency"]
+            assert label in [*wanted, "name"], f"{alert['alert']}: {label}"
+    headings = re.findall(r"^### (\w+)$", text, re.M)
+    assert headings == [alert["alert"] for alert in alerts()]
+    assert len(set(headings)) == len(headings)
+
+
+def test_panels_do_not_lie_on_each_other() -> None:
+    taken: set[tuple[int, int]] = set()
+    board = json.loads(GRAFANA.read_text())["panels"]
+    assert len({panel["id"] for panel in board}) == len(board)
+    for panel in board:
+        at = panel["gridPos"]
+        cells = {(at["x"] + x, at["y"] + y) for x in range(at["w"]) for y in range(at["h"])}
+        assert not cells & taken, panel["title"]
+        assert at["x"] + at["w"] <= 24
+        taken |= cells
+
+
+def test_prometheus_is_told_where_the_processes_are() -> None:
+    config = yaml.safe_load((ALERTS.parent / "prometheus.yml").read_text())
+    assert config["rule_files"] == [ALERTS.name]
+    jobs = {job["job_name"] for job in config["scrape_configs"]}
+    assert jobs == {"gateway", "identity", "models", "endpoints", "inference", "worker"}
+    for expression in expressions():
+        for pattern in re.findall(r'job=~?"([^"]*)"', expression):
+            assert set(pattern.split("|")) <= jobs, expression
+
+
+def test_a_job_is_told_in_the_terminal(observed: Stack, job_id: str) -> None:
+    def trace(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "deploy.local.trace", *arguments],
+            env={**os.environ, "DARKROOM_HOME": str(observed.home)},
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    told = trace(job_id)
+    assert told.returncode == 0, told.stdout + told.stderr
+    words = [line.split()[1] for line in told.stdout.splitlines() if line.strip().startswith("+")]
+    assert words == ["created", "params", "queued", "picked", "begun", "done"]
+    for stage in {"queue", *STAGES}:
+        assert re.search(rf"^ +{stage} +\d+\.\d\d\d s +█", told.stdout, re.M), told.stdout
+    nothing = trace("no-such-job")
+    assert nothing.returncode == 1
+    assert "404" in nothing.stdout
