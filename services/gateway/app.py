@@ -129,7 +129,7 @@ def _showing_metrics(gateway: Gateway) -> AbstractAsyncContextManager[None]:
         settings,
         gateway.checks,
         gateway.samplers,
-        pages={"/workers": gateway.workers.list_targets},
+        pages={"/workers": gateway.list_workers},
         port=settings.metrics_port,
     ).serving()
 
@@ -181,7 +181,7 @@ async def _open(gateway: Gateway) -> None:
         gateway.projector.listeners.append(gateway.dispatcher.on_events)
         gateway.hub = Hub(gateway.projector, js)
         await gateway.hub.follow_progress(client)
-        await gateway.workers.follow(client)
+        await gateway.pulses.follow(client)
         gateway.samplers.append(metrics.log_sampler(js, lambda: gateway.projector.seq))
         metrics.STREAMS.set_function(lambda: gateway.hub.count)
         async with asyncio.TaskGroup() as tasks:

@@ -3,21 +3,16 @@ hears of, for whoever scrapes them."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import msgspec
 from litestar.plugins.prometheus import PrometheusConfig
-from nats.aio.client import Client
-from nats.aio.msg import Msg
 from nats.js import JetStreamContext
 from prometheus_client import Counter, Gauge, Histogram
 
-from shared.contracts import envelope as cloud
 from shared.contracts.endpoints import InstanceBeat
-from shared.contracts.registry import payload
-from shared.contracts.subjects import DEAD, EVENTS, beat_subject
+from shared.contracts.subjects import DEAD, EVENTS
 from shared.metrics import CONSUMER_PENDING, SECONDS, Reading, Sampler
 
 COMMAND = Histogram(
@@ -46,9 +41,6 @@ HTTP = PrometheusConfig(
 )
 """Litestar's own: requests, seconds and errors by method, route and status."""
 
-FORGOTTEN = 20.0
-"""Seconds after which a worker that has not shown itself is not listed any more."""
-
 
 def log_sampler(js: JetStreamContext, seq: Callable[[], int]) -> Sampler:
     """`seq`: the place in the log of events up to which this process has applied them."""
@@ -65,35 +57,15 @@ def log_sampler(js: JetStreamContext, seq: Callable[[], int]) -> Sampler:
     return Sampler((CONSUMER_PENDING, DEAD_STORED), read)
 
 
-class Workers:
-    """Those that have shown themselves lately, as Prometheus' HTTP service discovery wants them."""
-
-    def __init__(self) -> None:
-        self._seen: dict[str, tuple[float, InstanceBeat]] = {}
-
-    async def follow(self, client: Client) -> None:
-        await client.subscribe(beat_subject("*"), cb=self._on_seen)
-
-    async def _on_seen(self, message: Msg) -> None:
-        try:
-            seen = payload(cloud.decode(message.data))
-        except (msgspec.MsgspecError, KeyError):
-            return
-        if isinstance(seen, InstanceBeat) and seen.address:
-            self._seen[seen.instance_id] = (time.monotonic(), seen)
-
-    async def list_targets(self) -> bytes:
-        now = time.monotonic()
-        self._seen = {
-            id_: (when, seen) for id_, (when, seen) in self._seen.items() if now - when < FORGOTTEN
-        }
-        return msgspec.json.encode([_target(seen) for _, seen in self._seen.values()])
+def targets(workers: Iterable[InstanceBeat]) -> bytes:
+    """As Prometheus' HTTP service discovery wants them."""
+    return msgspec.json.encode([_target(worker) for worker in workers if worker.address])
 
 
-def _target(seen: InstanceBeat) -> dict[str, Any]:
+def _target(worker: InstanceBeat) -> dict[str, Any]:
     labels = {
-        "endpoint": seen.endpoint_name,
-        "instance_id": seen.instance_id,
-        "device": seen.device,
+        "endpoint": worker.endpoint_name,
+        "instance_id": worker.instance_id,
+        "device": worker.device,
     }
-    return {"targets": [seen.address], "labels": labels}
+    return {"targets": [worker.address], "labels": labels}

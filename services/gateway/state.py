@@ -12,8 +12,9 @@ from services.gateway.auth import Authenticator, Person
 from services.gateway.dispatch import Dispatcher, Ticket, make_ticket
 from services.gateway.errors import ApiError, Unavailable
 from services.gateway.events import Hub
-from services.gateway.metrics import Workers
+from services.gateway.metrics import targets
 from services.gateway.projections import Directory, Projector
+from services.gateway.pulses import Pulses
 from services.gateway.settings import Settings
 from services.gateway.views import Views
 from shared import tracing
@@ -36,15 +37,19 @@ class Gateway:
             compat=settings.esd_compat,
         )
         self.objects = Objects(object_settings)
+        self.pulses = Pulses()
         self.ready = False
         self.checks: dict[str, Check] = {"nats": self._check_log}
         self.samplers: list[Sampler] = []
-        self.workers = Workers()
         self.pool: asyncpg.Pool[Any]
         self.views: Views
         self.projector: Projector
         self.dispatcher: Dispatcher
         self.hub: Hub
+
+    async def list_workers(self) -> bytes:
+        """For whoever scrapes their metrics."""
+        return targets(self.pulses.all())
 
     async def _check_log(self) -> None:
         if not self.ready or not self.projector.healthy:

@@ -50,6 +50,7 @@ class Bus:
         self.progress: list[inference.JobProgress] = []
         self.previews: list[inference.JobPreview] = []
         self.instances: list[endpoints.ReportInstance] = []
+        self.beats: list[endpoints.InstanceBeat] = []
         self.processes: list[subprocess.Popen[bytes]] = []
         self.port = 0
         self._arrived = asyncio.Condition()
@@ -66,6 +67,7 @@ class Bus:
         self.js = self.client.jetstream()
         await self.js.subscribe("evt.>", stream=EVENTS, ordered_consumer=True, cb=self._on_event)
         await self.client.subscribe("progress.*", cb=self._on_progress)
+        await self.client.subscribe("beats.*", cb=self._on_beat)
         reports = asyncio.create_task(self._take_reports())
         async with self.objects.open():
             try:
@@ -139,6 +141,12 @@ class Bus:
             return
         assert isinstance(report, inference.JobProgress)
         self.progress.append(report)
+
+    async def _on_beat(self, message: Any) -> None:
+        beat = payload(cloud.decode(message.data))
+        assert isinstance(beat, endpoints.InstanceBeat)
+        assert message.subject == f"beats.{beat.instance_id}"
+        self.beats.append(beat)
 
     async def _take_reports(self) -> None:
         """In the place of the endpoints service."""

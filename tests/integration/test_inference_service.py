@@ -6,6 +6,7 @@ import asyncio
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
@@ -180,7 +181,7 @@ async def delete(bus: Bus, endpoint: endpoints.Endpoint) -> None:
     await bus.say(endpoints.EndpointDeleted.of(gone), "endpoints")
 
 
-THEIRS = {"endpoint_name": "esd-theirs", "roles": ["IT Operator"], "creator": "bob"}
+THEIRS: dict[str, Any] = {"endpoint_name": "esd-theirs", "roles": ["IT Operator"], "creator": "bob"}
 
 
 async def test_the_jobs_of_a_deleted_endpoint_fail_if_no_other_can_take_them(bus: Bus) -> None:
@@ -210,10 +211,8 @@ async def test_waiting_jobs_move_to_another_endpoint_that_their_user_may_use(bus
     """And what their workers had begun, too, if they did not finish it."""
     kind = "Real-time"
     old = await bus.make_endpoint("esd-old", endpoint_type=kind, roles=["Designer"])
-    new, theirs = [
-        await bus.make_endpoint(endpoint_type=kind, **given)
-        for given in ({"name": "esd-new", "roles": ["Designer"], "creator": "bob"}, THEIRS)
-    ]
+    theirs = await bus.make_endpoint(endpoint_type=kind, **THEIRS)
+    new = await bus.make_endpoint("esd-new", endpoint_type=kind, roles=["Designer"], creator="bob")
     for pool in (new, theirs):
         await bus.say(endpoints.EndpointInService.of(pool), "endpoints")
     begun, waiting = [await bus.make_job(inference_type=kind) for _ in range(2)]

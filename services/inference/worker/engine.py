@@ -30,6 +30,9 @@ KILL_SECONDS = 10.0
 CANCEL_SECONDS = 5.0
 """An engine that does not let go of a job within this time is killed: it hangs in a C call."""
 
+ANSWER_SECONDS = 1.0
+"""So long a beat waits for an engine that computes to say how it is."""
+
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "USE_HUB_KERNELS": "0"}
 """Nothing is ever fetched from a hub, whatever a model file asks for."""
 
@@ -91,7 +94,7 @@ class EngineProcess:
         self._listening: asyncio.Task[None] | None = None
         self._starting = asyncio.Lock()
         self._jobs: dict[str, asyncio.Queue[Said]] = {}
-        self._asked = False
+        self._answered = asyncio.Event()
         self.well: frames.Well | None = None
         """What it said last of itself."""
 
@@ -112,10 +115,12 @@ class EngineProcess:
                 await self._start()
 
     async def look(self) -> None:
-        """Asks it how it is; `well` has the answer as soon as it has time for one."""
-        if self.alive and not self._asked:
-            self._asked = True
+        """Asks it how it is, for `well`. One that is busy says so later, and is not asked again."""
+        if self.alive and self._answered.is_set():
+            self._answered.clear()
             await self._send(frames.Look())
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._answered.wait(), ANSWER_SECONDS)
 
     async def run(
         self,
@@ -199,7 +204,7 @@ class EngineProcess:
             raise
         if not isinstance(answer, frames.Well):
             raise await self._died(process, f"it said {type(answer).__name__} first")
-        self.well, self._asked = answer, False
+        self._heed(answer)
         log.info("engine_ready", pid=process.pid, device=self._device)
         self._listening = asyncio.create_task(self._listen(process))
 
@@ -211,12 +216,16 @@ class EngineProcess:
                 if isinstance(answer, frames.Ready | frames.Broken):
                     raise await self._died(process, f"it said {type(answer).__name__} out of turn")
                 if isinstance(answer, frames.Well):
-                    self.well, self._asked = answer, False
+                    self._heed(answer)
                 elif answer.job_id in self._jobs:
                     self._jobs[answer.job_id].put_nowait((answer, parts))
         except EngineDied as death:
             for said in self._jobs.values():
                 said.put_nowait(death)
+
+    def _heed(self, well: frames.Well) -> None:
+        self.well = well
+        self._answered.set()
 
     async def _follow(
         self, job_id: str, said: asyncio.Queue[Said], following: Following, seconds: float
