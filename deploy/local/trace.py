@@ -48,8 +48,9 @@ def timeline(events: Iterable[dict[str, Any]]) -> list[Row]:
                 rows.append(Row(at, "created", f"{job['task_type']} for {job['owner']}"))
             case "started":
                 if job["params_at"]:
-                    params_at = datetime.fromisoformat(job["params_at"])  # whole seconds
-                    rows.append(Row(max(params_at, rows[0].at if rows else at), "params uploaded"))
+                    params_at = datetime.fromisoformat(job["params_at"])
+                    params_at = max(params_at, rows[0].at if rows else at)
+                    rows.append(Row(params_at, "params uploaded", "within this second"))
                 rows.append(Row(at, "queued", f"at endpoint {job['endpoint_name']}"))
                 queued = at
             case "moved":

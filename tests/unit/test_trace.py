@@ -65,7 +65,7 @@ LIFE = [
 def test_it_tells_what_happened_and_how_long_each_stage_took() -> None:
     assert timeline(LIFE) == [
         Row(after(0), "created", "txt2img for alice"),
-        Row(after(0.75), "params uploaded"),
+        Row(after(0.75), "params uploaded", "within this second"),
         Row(after(2), "queued", "at endpoint fast"),
         Row(after(2), "queue", seconds=0.5),
         Row(after(2.5), "picked up", "by worker one of fast, attempt 1"),
@@ -89,7 +89,7 @@ def test_params_are_not_older_than_their_job() -> None:
     """S3 tells whole seconds."""
     early = (BEGAN - timedelta(milliseconds=250)).isoformat()
     rows = timeline([event("created", 0), event("started", 1, params_at=early)])
-    assert rows[1] == Row(BEGAN, "params uploaded")
+    assert rows[1] == Row(BEGAN, "params uploaded", "within this second")
 
 
 def test_a_job_can_move_fail_and_be_cancelled() -> None:

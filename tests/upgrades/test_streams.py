@@ -38,21 +38,22 @@ def older_consumer(consumer: ConsumerConfig) -> ConsumerConfig:
     return consumer.evolve(ack_wait=30, max_ack_pending=16, filter_subjects=narrower)
 
 
-@pytest.fixture
-def stack() -> Iterator[Stack]:
+@pytest.fixture(scope="module")
+def bare() -> Iterator[Stack]:
+    """Of our own, since its streams go."""
     with Stack.temporary(services=False) as stack:
         yield stack
 
 
 @pytest.fixture
-async def js(stack: Stack) -> AsyncIterator[JetStreamContext]:
+async def js(bare: Stack) -> AsyncIterator[JetStreamContext]:
     """Of a NATS with nothing in it."""
     client = await nats.connect(
-        stack.installation.nats_url_as("admin"), inbox_prefix=b"_INBOX_admin"
+        bare.installation.nats_url_as("admin"), inbox_prefix=b"_INBOX_admin"
     )
     context = client.jetstream()
-    for stream in STREAMS:
-        await context.delete_stream(stream.name or "")
+    for known in await context.streams_info():
+        await context.delete_stream(known.config.name or "")
     yield context
     await client.close()
 
@@ -71,8 +72,8 @@ async def fetch(js: JetStreamContext, stream: str, durable: str, most: int) -> l
     return got
 
 
-async def test_another_configuration_loses_nothing(stack: Stack, js: JetStreamContext) -> None:
-    installation = stack.installation
+async def test_another_configuration_loses_nothing(bare: Stack, js: JetStreamContext) -> None:
+    installation = bare.installation
     old_streams = [older(stream) for stream in STREAMS]
     old_consumers = [(stream, older_consumer(consumer)) for stream, consumer in CONSUMERS]
     await provision_nats(installation, old_streams, old_consumers)
@@ -109,28 +110,28 @@ async def test_another_configuration_loses_nothing(stack: Stack, js: JetStreamCo
 
 
 async def test_a_message_that_was_sent_before_is_known_after(
-    stack: Stack, js: JetStreamContext
+    bare: Stack, js: JetStreamContext
 ) -> None:
     """The window in which a repetition is recognised outlives the change."""
-    await provision_nats(stack.installation, [older(stream) for stream in STREAMS], CONSUMERS)
+    await provision_nats(bare.installation, [older(stream) for stream in STREAMS], CONSUMERS)
     header = {"Nats-Msg-Id": "a command"}
     await js.publish("cmd.models.wish.v1", b"", headers=header)
-    await provision_nats(stack.installation)
+    await provision_nats(bare.installation)
     again = await js.publish("cmd.models.wish.v1", b"", headers=header)
     assert again.duplicate
 
 
 async def test_what_can_not_be_changed_stays_as_it_is_and_says_so(
-    stack: Stack, js: JetStreamContext
+    bare: Stack, js: JetStreamContext
 ) -> None:
-    await provision_nats(stack.installation)
+    await provision_nats(bare.installation)
     await js.publish("cmd.models.wish.v1", b"kept")
     streams = [
         stream.evolve(retention=RetentionPolicy.LIMITS) if stream.name == COMMANDS else stream
         for stream in STREAMS
     ]
     with pytest.raises(RuntimeError, match="stream COMMANDS can't be changed"):
-        await provision_nats(stack.installation, streams)
+        await provision_nats(bare.installation, streams)
     consumers = [
         (
             name,
@@ -139,5 +140,5 @@ async def test_what_can_not_be_changed_stays_as_it_is_and_says_so(
         for name, consumer in CONSUMERS
     ]
     with pytest.raises(RuntimeError, match="consumer models of COMMANDS can't be changed"):
-        await provision_nats(stack.installation, STREAMS, consumers)
+        await provision_nats(bare.installation, STREAMS, consumers)
     assert await fetch(js, COMMANDS, "models", 2) == [b"kept"]
