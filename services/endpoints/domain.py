@@ -145,9 +145,10 @@ class InstanceTypes(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
-    """`scaled_to`: instances that are wanted, since `scaled_at`. `crashes`: quick ones in a row; no
-    worker is started before `retry_at`. Those four and `released` are nobody else's business: they
-    change without a new version."""
+    """`scaled_to`: instances that are wanted, since `scaled_at`. `crashes`: quick ones in a row,
+    whether of one instance or of all that were started together; no worker is started before
+    `retry_at`. Those four and `released` are nobody else's business: they change without a new
+    version."""
 
     endpoint_id: str
     endpoint_name: str
@@ -221,14 +222,25 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
             version=self.version + 1,
         )
 
-    def note_crash(self, instance: Instance, reason: str, *, ready: int, now: datetime) -> Endpoint:
+    def note_crash(
+        self,
+        instance: Instance,
+        reason: str,
+        *,
+        ready: int,
+        recovered: bool = False,
+        now: datetime,
+    ) -> Endpoint:
         """The next start waits the longer, the more crashes there were; too many without an
-        instance that is ready (`ready`: how many are) end the attempt."""
+        instance that is ready (`ready`: how many are) end the attempt. `recovered`: since the last
+        crash an instance was started that goes on well."""
         if self.ended:
             return self
         if instance.ready_at and now - instance.ready_at >= SETTLED:
             return replace(self, crashes=0, retry_at=None)
-        crashes = self.crashes + 1
+        if self.retry_at and instance.started_at < self.retry_at:
+            return self  # started together with one whose crash was counted
+        crashes = 1 if recovered else self.crashes + 1
         most = MAX_CRASHES if self.endpoint_status == CREATING else CRASHES_IN_SERVICE
         if crashes >= most and not ready:
             return replace(
@@ -406,7 +418,7 @@ def _ending(
     if instance.status == STARTING and now - instance.started_at > patience.ready:
         seconds = patience.ready.total_seconds()
         return Ending(instance=instance, crash=f"the worker was not ready within {seconds:g} s")
-    if instance.status == READY and pulse.silent > patience.silent:
+    if instance.ready_at and pulse.silent > patience.silent:
         seconds = patience.silent.total_seconds()
         return Ending(instance=instance, crash=f"the worker said nothing for {seconds:g} s")
     return None

@@ -15,6 +15,7 @@ from nats.js.errors import NotFoundError
 from services.endpoints.autoscaling import Calm, decide
 from services.endpoints.domain import (
     FAILED,
+    SETTLED,
     Ending,
     Endpoint,
     Instance,
@@ -61,7 +62,16 @@ async def end_instance(ending: Ending, tx: Tx) -> None:
     ready = await instances.count_ready(endpoint.endpoint_id)
     changed = endpoint
     if ending.crash:
-        changed = endpoint.note_crash(ending.instance, ending.crash, ready=ready, now=tx.now)
+        changed = endpoint.note_crash(
+            ending.instance,
+            ending.crash,
+            ready=ready,
+            recovered=endpoint.retry_at is not None
+            and await instances.has_settled(
+                endpoint.endpoint_id, endpoint.retry_at, tx.now - SETTLED
+            ),
+            now=tx.now,
+        )
     if changed.endpoint_status == FAILED:
         await instances.remove_all_of(endpoint.endpoint_id)
     changed = changed.count_ready(ready, now=tx.now)

@@ -157,6 +157,21 @@ class InstanceStore:
         )
         return number
 
+    async def has_settled(self, endpoint_id: str, since: datetime, until: datetime) -> bool:
+        """Whether an instance got ready between the two and is so still."""
+        settled: bool = await self._conn.fetchval(
+            """
+            SELECT EXISTS (
+                SELECT FROM instances
+                WHERE endpoint_id = $1 AND status = 'ready' AND ready_at BETWEEN $2 AND $3
+            )
+            """,
+            endpoint_id,
+            since,
+            until,
+        )
+        return settled
+
     async def save(self, instance: Instance) -> None:
         await self._conn.execute(
             """

@@ -109,7 +109,7 @@ def test_a_deleted_endpoint_finishes_its_job_and_hands_on_the_others(
     gone_after += ["leaving", "staying"]
     api.create_endpoint("leaving", roles=("byoc",))
     api.wait_for_endpoint("leaving")
-    long = {**TINY, "steps": 150, "width": 512, "height": 512}
+    long = {**TINY, "steps": 150, "width": 256, "height": 256}
     jobs = [start(artist, long)]
     until(lambda: api.call("GET", "/endpoints/leaving")["data"]["instances"][0]["jobs"] == jobs)
     # Of another size, so that they wait for the first instead of running beside it.
@@ -124,3 +124,27 @@ def test_a_deleted_endpoint_finishes_its_job_and_hands_on_the_others(
     names = [job["params"]["sagemaker_inference_endpoint_name"] for job in ended]
     assert names == ["leaving"] + ["staying"] * 6
     until(lambda: "leaving" not in {e["endpoint_name"] for e in listed(artist)})
+
+
+def test_a_job_that_no_other_endpoint_can_take_fails_with_the_reason(
+    api: StrictClient, artist: StrictClient, gone_after: list[str]
+) -> None:
+    """The others are there, but not for its user."""
+    gone_after += ["lonely", "foreign"]
+    api.create_endpoint("lonely", roles=("byoc",))
+    api.create_endpoint("foreign", roles=("IT Operator",))
+    for name in gone_after:
+        api.wait_for_endpoint(name)
+    begun = start(artist, {**TINY, "steps": 150, "width": 256, "height": 256})
+    until(lambda: api.call("GET", "/endpoints/lonely")["data"]["instances"][0]["jobs"] == [begun])
+    waiting = start(artist, TINY)
+    artist.call("DELETE", "/endpoints", {"delete_endpoint_list": ["lonely"], "username": ""})
+    job = wait_for_end(artist, waiting, seconds=10)
+    assert job["status"] == "failed"
+    assert job["error"] == 'endpoint "lonely" was deleted; no other endpoint can take the job'
+    artist.cancel_job(begun)
+    refused = artist.request(
+        "PUT", f"/inferences/{artist.create_job('txt2img', MODELS, TINY)}/start"
+    )
+    assert refused.status_code == 400
+    assert "no available Async endpoints" in refused.json()["message"]

@@ -1,7 +1,7 @@
 """Stands in for the GPU process: speaks to the bus like a worker, renders nothing.
 
 Its endpoint's name says how it behaves: `crash…` exits at start, `stubborn…` ignores SIGTERM,
-`silent…` says nothing after its first word, `diligent…` is never idle."""
+`silent…` says nothing after its first word, `broken…` that it has no engine, and ends."""
 
 from __future__ import annotations
 
@@ -34,18 +34,22 @@ async def main() -> None:
     report = ReportInstance(
         endpoint_id=os.environ["DARKROOM_ENDPOINT_ID"],
         instance_id=os.environ["DARKROOM_INSTANCE_ID"],
-        status="ready",
+        status="failed" if name.startswith("broken") else "ready",
+        error="libcuda is older than torch" if name.startswith("broken") else None,
         device=os.environ["DARKROOM_DEVICE"],
         pid=os.getpid(),
     )
     type_name = type_of(ReportInstance)
     framed = cloud.wrap(report, type=type_name, source="worker", subject=report.instance_id)
     await client.jetstream().publish(command_subject(type_name), cloud.encode(framed))
+    if name.startswith("broken"):
+        engine.kill()
+        print("RuntimeError: the driver is too old", flush=True)
+        sys.exit(1)
     beat = InstanceBeat(
         endpoint_id=report.endpoint_id,
         instance_id=report.instance_id,
         device=report.device,
-        jobs=["a job"] if name.startswith("diligent") else [],
     )
     framed = cloud.wrap(beat, type=type_of(beat), source="worker", subject=report.instance_id)
     while not stop.is_set():

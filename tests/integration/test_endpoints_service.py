@@ -467,6 +467,15 @@ async def test_a_worker_that_keeps_crashing_fails_the_endpoint(service: Endpoint
     assert not service.records(endpoint_id)
 
 
+async def test_an_endpoint_whose_workers_say_that_they_fail_says_why(service: Endpoints) -> None:
+    """What the worker said, and what its log has of it."""
+    endpoint_id = await service.create("broken")
+    state = await service.wait_status(endpoint_id, "Failed", 0)
+    assert state.error
+    assert state.error.startswith("libcuda is older than torch; the worker exited with code 1")
+    assert state.error.endswith("RuntimeError: the driver is too old")
+
+
 async def test_delete_endpoints_ends_worker_and_queue_and_frees_the_name(
     service: Endpoints,
 ) -> None:

@@ -119,16 +119,30 @@ def test_status_follows_the_number_of_ready_instances() -> None:
     ]
 
 
+def crash(endpoint: Endpoint, reason: str, *, ready: int = 0) -> tuple[Endpoint, float]:
+    """Of an instance that was started as soon as it might be; and the pause before the next."""
+    now = endpoint.retry_at or NOW
+    crashed = endpoint.note_crash(make_instance(started_at=now), reason, ready=ready, now=now)
+    return crashed, ((crashed.retry_at or now) - now).total_seconds()
+
+
+def test_instances_that_crash_together_count_once() -> None:
+    endpoint = make_endpoint(max_instance_number=8)
+    for _ in range(8):
+        endpoint = endpoint.note_crash(make_instance(), "no GPU", ready=0, now=NOW)
+    assert (endpoint.crashes, endpoint.endpoint_status) == (1, "Creating")
+
+
 def test_crashes_before_the_first_ready_one_back_off_and_then_fail() -> None:
     endpoint, pauses = make_endpoint(), []
     for number in range(1, MAX_CRASHES):
-        endpoint = endpoint.note_crash(make_instance(), f"crash {number}", ready=0, now=NOW)
-        assert endpoint.retry_at
-        pauses.append((endpoint.retry_at - NOW).total_seconds())
+        endpoint, pause = crash(endpoint, f"crash {number}")
+        pauses.append(pause)
     assert pauses == [0.5, 1, 2, 4]
     assert (endpoint.endpoint_status, endpoint.version) == ("Creating", 1)
 
-    failed = endpoint.note_crash(make_instance(), "the last straw", ready=0, now=LATER)
+    last = make_instance(started_at=LATER)
+    failed = endpoint.note_crash(last, "the last straw", ready=0, now=LATER)
     assert (failed.endpoint_status, failed.error) == ("Failed", "the last straw")
     assert (failed.end_time, failed.wanted_count) == (LATER, 0)
     assert isinstance(event_after(endpoint, failed), endpoints.EndpointFailed)
@@ -137,21 +151,30 @@ def test_crashes_before_the_first_ready_one_back_off_and_then_fail() -> None:
 def test_an_endpoint_that_was_in_service_gets_more_time_before_it_fails() -> None:
     endpoint, pauses = make_endpoint().count_ready(1, now=NOW).count_ready(0, now=NOW), []
     for _ in range(CRASHES_IN_SERVICE - 1):
-        endpoint = endpoint.note_crash(make_instance(), "out of memory", ready=0, now=NOW)
-        assert endpoint.retry_at
-        pauses.append((endpoint.retry_at - NOW).total_seconds())
+        endpoint, pause = crash(endpoint, "out of memory")
+        pauses.append(pause)
     assert endpoint.endpoint_status == "Updating"
     assert pauses == [0.5, 1, 2, 4, 8, 16, 30, 30, 30], "it waits between its attempts"
-    failed = endpoint.note_crash(make_instance(), "out of memory", ready=0, now=LATER)
+    failed, _ = crash(endpoint, "out of memory")
     assert (failed.endpoint_status, failed.error) == ("Failed", "out of memory")
+
+
+def test_crashes_that_the_endpoint_has_recovered_from_are_forgotten() -> None:
+    endpoint = make_endpoint(max_instance_number=3).count_ready(2, now=NOW)
+    for _ in range(5):
+        endpoint, _pause = crash(endpoint, "killed", ready=2)
+    now = endpoint.retry_at or NOW
+    young = make_instance(started_at=now)
+    again = endpoint.note_crash(young, "killed", ready=2, recovered=True, now=now)
+    assert again.crashes == 1
 
 
 def test_as_long_as_one_instance_works_the_crashes_of_another_end_nothing() -> None:
     endpoint = make_endpoint(max_instance_number=2).count_ready(1, now=NOW)
     for _ in range(3 * CRASHES_IN_SERVICE):
-        endpoint = endpoint.note_crash(make_instance(), "no GPU left", ready=1, now=NOW)
+        endpoint, pause = crash(endpoint, "no GPU left", ready=1)
     assert endpoint.endpoint_status == "InService"
-    assert endpoint.retry_at == NOW + timedelta(seconds=30)
+    assert pause == 30
 
     settled = make_instance(ready_at=NOW)
     endpoint = endpoint.note_crash(settled, "killed", ready=1, now=LATER)

@@ -76,11 +76,11 @@ class Program(msgspec.Struct, frozen=True, kw_only=True):
         }
 
 
-def describe_end(code: int, log: str, *, out_of_memory: str = "") -> str:
+def describe_end(code: int, log: str, *, out_of_memory: int | None = None) -> str:
     """`code` as shells have it: 128 and the number of the signal that killed it. `out_of_memory`:
-    how much it was allowed, if that is why."""
-    if out_of_memory:
-        reason = f"the worker ran out of memory: {out_of_memory} allowed"
+    how many bytes it was allowed, if that is why."""
+    if out_of_memory is not None:
+        reason = f"the worker ran out of memory: {out_of_memory / 1024**2:.0f} MiB allowed"
     elif code > 128 and code - 128 in set(signal.Signals):
         reason = f"the worker was killed by {signal.Signals(code - 128).name}"
     else:

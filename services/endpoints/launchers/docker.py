@@ -13,7 +13,7 @@ import contextlib
 import io
 import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import aiohttp
@@ -39,7 +39,6 @@ CACHE = "/var/cache/darkroom"
 SECRETS = "run/secrets"
 """In the container."""
 
-ALIVE = ("running", "paused", "restarting")
 NO_CONNECTION = 900
 """What aiodocker says instead of an HTTP status."""
 ANSWER_WITHIN = aiohttp.ClientTimeout(total=30)
@@ -104,39 +103,42 @@ class DockerLauncher:
         return {"label": [f"{INSTALLATION}={self._installation}"]}
 
     async def observe(self) -> dict[str, Seen]:
-        found = await self._list()
-        return {container["Labels"][INSTANCE]: await self._see(container) for container in found}
+        seen = await asyncio.gather(*map(self._see, await self._look()))
+        return {worker.instance_id: worker for worker in seen}
 
-    async def _list(self) -> list[DockerContainer]:
-        found = await self._docker.containers.list(all=True, filters=_json(self._ours()))
-        return [container for container in found if INSTANCE in container["Labels"]]
+    async def _look(self) -> list[dict[str, Any]]:
+        """What the engine knows of each container of ours. Its list is not enough: it may still
+        call one running whose end it has told already."""
+        listed = await self._docker.containers.list(all=True, filters=_json(self._ours()))
+        looked = await asyncio.gather(*map(self._look_at, listed))
+        return [container for container in looked if container]
 
-    async def _see(self, container: DockerContainer) -> Seen:
-        labels, alive = container["Labels"], container["State"] in ALIVE
+    async def _look_at(self, container: DockerContainer) -> dict[str, Any] | None:
+        shown = None
+        with _unless_gone():
+            shown = await container.show()
+        return shown
+
+    async def _see(self, container: dict[str, Any]) -> Seen:
+        labels, alive = container["Config"]["Labels"], _lives(container)
         return Seen(
             instance_id=labels[INSTANCE],
-            endpoint_id=labels.get(ENDPOINT, ""),
+            endpoint_id=labels[ENDPOINT],
             alive=alive,
             crash=None if alive else await self._describe_end(container),
         )
 
-    async def _describe_end(self, container: DockerContainer) -> str | None:
+    async def _describe_end(self, container: dict[str, Any]) -> str | None:
         """None for a container that was never started: this service was killed just then."""
-        try:
-            found = await container.show()
-            state = found["State"]
-            if container["State"] in ("created", "removing"):
-                return None
-            lines = await container.log(
+        state, lines = container["State"], []
+        if state["Status"] in ("created", "removing"):
+            return None
+        with _unless_gone():
+            lines = await self._docker.containers.container(container["Id"]).log(
                 stdout=True, stderr=True, tail=LAST_LINES, timeout=ANSWER_WITHIN
             )
-        except DockerError as error:
-            if error.status == NO_CONNECTION:
-                raise
-            return None  # it has just been removed
-        limit = f"{found['HostConfig']['Memory'] / 1024**3:.3g} GiB"
-        out_of_memory = limit if state["OOMKilled"] else ""
-        return describe_end(state["ExitCode"], "".join(lines), out_of_memory=out_of_memory)
+        limit = container["HostConfig"]["Memory"] if state["OOMKilled"] else None
+        return describe_end(state["ExitCode"], "".join(lines), out_of_memory=limit)
 
     async def start(self, instance_id: str, endpoint: Endpoint, type: InstanceType) -> None:
         gpus = await self._pick_gpus(type)
@@ -155,14 +157,13 @@ class DockerLauncher:
         if not type.gpu_count:
             return []
         held = []
-        for container in await self._list():
-            labels = container["Labels"]
+        for container in await self._look():
+            labels = container["Config"]["Labels"]
             held.append(
                 Held(
-                    gpus=[gpu for gpu in labels.get(GPUS, "").split(",") if gpu],
-                    shared=labels.get(SHARES_GPUS) == "true",
-                    leaving=labels[INSTANCE] in self._asked_to_stop
-                    or container["State"] not in ALIVE,
+                    gpus=[gpu for gpu in labels[GPUS].split(",") if gpu],
+                    shared=labels[SHARES_GPUS] == "true",
+                    leaving=labels[INSTANCE] in self._asked_to_stop or not _lives(container),
                 )
             )
         return pick_gpus(type, self._gpus, held)
@@ -238,6 +239,10 @@ class DockerLauncher:
         return self._docker.containers.container(_name(instance_id))
 
 
+def _lives(container: dict[str, Any]) -> bool:
+    return container["State"]["Status"] in ("running", "paused", "restarting")
+
+
 def _name(instance_id: str) -> str:
     return f"darkroom-worker-{instance_id}"
 
@@ -247,7 +252,7 @@ def _json(value: Any) -> str:
 
 
 @contextlib.contextmanager
-def _reasons(image: str) -> Any:
+def _reasons(image: str) -> Iterator[None]:
     """Turns what the engine refuses into LaunchFailed; that it does not answer is no refusal."""
     try:
         yield
@@ -262,7 +267,7 @@ def _reasons(image: str) -> Any:
 
 
 @contextlib.contextmanager
-def _unless_gone() -> Any:
+def _unless_gone() -> Iterator[None]:
     """What is not there, not running, or being removed already needs nothing."""
     try:
         yield

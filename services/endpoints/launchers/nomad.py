@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -33,7 +34,7 @@ TASK = "worker"
 CACHE = "/var/cache/darkroom"
 """In a container."""
 
-META_ENDPOINT, META_INSTANCE = "darkroom_endpoint_id", "darkroom_instance_id"
+META_ENDPOINT, META_MEMORY = "darkroom_endpoint_id", "darkroom_memory"
 
 ANSWER_WITHIN, HEARTBEAT_WITHIN = 30.0, 40.0
 """Seconds. An event stream has a heartbeat every ten."""
@@ -74,7 +75,8 @@ class NomadLauncher:
         self._token = token
         self._namespace = namespace
         self._cache = cache
-        self._asked_to_stop: set[str] = set()
+        self._asked_to_stop: dict[str, float] = {}
+        self._secrets_checked = False
         self._changed: Callable[[], None] = lambda: None
         self._http: httpx.AsyncClient
         self._listening: asyncio.Task[None]
@@ -124,6 +126,7 @@ class NomadLauncher:
 
     async def observe(self) -> dict[str, Seen]:
         jobs = await self._ask("GET", "/v1/jobs", prefix=self._prefix, meta="true")
+        await self._drop_secrets_of_none({job["ID"] for job in jobs})
         gate = asyncio.Semaphore(AT_A_TIME)
 
         async def see(job: dict[str, Any]) -> Seen:
@@ -136,37 +139,35 @@ class NomadLauncher:
         """An instance is the first allocation of its job. Nomad may make another when it loses a
         node or drains it; that one is stopped with the job when the first has ended."""
         allocations = await self._ask("GET", f"/v1/job/{job['ID']}/allocations")
+        meta = job.get("Meta") or {}
         alive, crash = not job["Stop"], None
         if allocations:
             first = min(allocations, key=lambda allocation: int(allocation["CreateIndex"]))
             alive = first["ClientStatus"] in ("pending", "running", "unknown")
-            crash = None if alive else await self._describe_end(first)
-        meta = job.get("Meta") or {}
+            crash = None if alive else await self._describe_end(first, int(meta[META_MEMORY]))
         return Seen(
             instance_id=job["ID"].removeprefix(self._prefix),
-            endpoint_id=meta.get(META_ENDPOINT, ""),
+            endpoint_id=meta[META_ENDPOINT],
             alive=alive,
             crash=crash,
         )
 
-    async def _describe_end(self, allocation: dict[str, Any]) -> str:
+    async def _describe_end(self, allocation: dict[str, Any], memory: int) -> str:
         if allocation["ClientStatus"] == "lost":
             return "the worker's node was lost"
         events = ((allocation["TaskStates"] or {}).get(TASK) or {}).get("Events") or []
         for event in reversed(events):
+            details = event.get("Details") or {}
             if event["Type"] == "Terminated":
-                return await self._describe_exit(allocation["ID"], event["Details"])
+                code, signal = int(details.get("exit_code", 0)), int(details.get("signal", 0))
+                return describe_end(
+                    128 + signal if signal else code,
+                    await self._end_of_log(allocation["ID"]),
+                    out_of_memory=memory if details.get("oom_killed") == "true" else None,
+                )
         failures = [event for event in events if (event.get("Details") or {}).get("fails_task")]
-        text = (failures or events or [{"DisplayMessage": "Nomad does not say why"}])[-1]
-        return f"the worker does not start: {text['DisplayMessage']}"
-
-    async def _describe_exit(self, allocation_id: str, details: dict[str, str]) -> str:
-        code, signal = int(details.get("exit_code", 0)), int(details.get("signal", 0))
-        return describe_end(
-            128 + signal if signal else code,
-            await self._end_of_log(allocation_id),
-            out_of_memory="what its type says is" if details.get("oom_killed") == "true" else "",
-        )
+        last = (failures or events or [{"DisplayMessage": "Nomad does not say why"}])[-1]
+        return f"the worker does not start: {last['DisplayMessage']}"
 
     async def _end_of_log(self, allocation_id: str) -> str:
         text = ""
@@ -187,14 +188,14 @@ class NomadLauncher:
 
     async def start(self, instance_id: str, endpoint: Endpoint, type: InstanceType) -> None:
         job = self._describe(instance_id, endpoint, type)
+        await self._keep_secrets(instance_id)
         try:
-            await self._keep_secrets(instance_id)
             evaluation = await self._register(job)
             if reason := await self._why_not_placed(evaluation):
                 raise LaunchFailed(reason)
         except LaunchFailed as failure:
             await self.forget(instance_id)
-            if self._asked_to_stop & (await self.observe()).keys():
+            if self._asked_to_stop.keys() & (await self.observe()).keys():
                 raise NoRoomYet(str(failure)) from failure
             raise
 
@@ -260,7 +261,7 @@ class NomadLauncher:
             "Datacenters": needs.datacenters,
             **({"NodePool": needs.node_pool} if needs.node_pool else {}),
             "Constraints": needs.constraints,
-            "Meta": {META_ENDPOINT: endpoint.endpoint_id, META_INSTANCE: instance_id},
+            "Meta": {META_ENDPOINT: endpoint.endpoint_id, META_MEMORY: str(type.memory_bytes)},
             "TaskGroups": [
                 {
                     "Name": TASK,
@@ -315,26 +316,49 @@ class NomadLauncher:
                 raise LaunchFailed(f"Nomad refuses a variable: {error.text}") from error
             raise
 
+    async def _drop_secrets_of_none(self, jobs: set[str]) -> None:
+        """Once: this service was killed after it had kept them, and before there was a job."""
+        if self._secrets_checked:
+            return
+        found = await self._ask("GET", "/v1/vars", prefix=f"nomad/jobs/{self._prefix}")
+        for variable in found:
+            if variable["Path"].removeprefix("nomad/jobs/") not in jobs:
+                await self._ask("DELETE", f"/v1/var/{variable['Path']}")
+        self._secrets_checked = True
+
     async def stop(self, instance_id: str, *, within: float) -> None:
-        """Nomad kills it by itself, after its KillTimeout, whatever `within` says."""
-        if instance_id not in self._asked_to_stop:
+        """Nomad kills it after its KillTimeout at the latest, also when this service is gone."""
+        asked = self._asked_to_stop.get(instance_id)
+        if asked is None:
             await self._ask("DELETE", f"/v1/job/{self._job_id(instance_id)}")
-            self._asked_to_stop.add(instance_id)
+            self._asked_to_stop[instance_id] = time.monotonic()
+        elif time.monotonic() - asked > within:
+            log.warning("worker_killed", instance_id=instance_id, seconds=within)
+            await self._kill(instance_id)
+
+    async def _kill(self, instance_id: str) -> None:
+        for allocation in await self._ask(
+            "GET", f"/v1/job/{self._job_id(instance_id)}/allocations"
+        ):
+            if allocation["ClientStatus"] == "running":
+                with contextlib.suppress(NomadError):  # it has just ended, or its node is silent
+                    await self._ask(
+                        "POST",
+                        f"/v1/client/allocation/{allocation['ID']}/signal",
+                        body={"Signal": "SIGKILL", "Task": TASK},
+                    )
 
     async def forget(self, instance_id: str) -> None:
         job_id = self._job_id(instance_id)
         await self._ask("DELETE", f"/v1/job/{job_id}", purge="true")
         await self._ask("DELETE", f"/v1/var/nomad/jobs/{job_id}")
-        self._asked_to_stop.discard(instance_id)
+        self._asked_to_stop.pop(instance_id, None)
 
     async def stop_all(self, *, within: float) -> None:
-        """Nomad kills those that its KillTimeout gives longer: it goes on without this service."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(within):
-                while living := [i for i, seen in (await self.observe()).items() if seen.alive]:
-                    for instance_id in living:
-                        await self.stop(instance_id, within=within)
-                    await asyncio.sleep(0.1)
+        while living := [id_ for id_, seen in (await self.observe()).items() if seen.alive]:
+            for instance_id in living:
+                await self.stop(instance_id, within=within)
+            await asyncio.sleep(0.1)
         for instance_id in await self.observe():
             await self.forget(instance_id)
 

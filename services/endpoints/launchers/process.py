@@ -205,11 +205,11 @@ class ProcessLauncher:
         )
 
     def _describe_end(self, record: Record, code: int) -> str:
-        allowed = f"{record.memory / 1024**3:.3g} GiB"
+        too_big = record.instance_id in self._too_big
         return describe_end(
             code,
             self._end_of_log(record.instance_id),
-            out_of_memory=allowed if record.instance_id in self._too_big else "",
+            out_of_memory=record.memory if too_big else None,
         )
 
     async def stop(self, instance_id: str, *, within: float) -> None:
