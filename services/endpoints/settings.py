@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Literal
 
 import msgspec
-from msgspec.structs import replace
 
 from services.endpoints.domain import InstanceType, InstanceTypes
 from services.endpoints.launchers import Program
@@ -16,8 +15,8 @@ from services.endpoints.launchers.gpus import visible_gpus
 from shared.settings import ServiceSettings
 
 BUILT_IN: Mapping[str, InstanceType | str] = {
-    "cpu": InstanceType(device="cpu", max=4),
-    "gpu": InstanceType(device="cuda", max=8),
+    "cpu": InstanceType(device="cpu", max=4, image="darkroom/worker-cpu"),
+    "gpu": InstanceType(device="cuda", max=8, image="darkroom/worker-cuda"),
 }
 
 
@@ -51,7 +50,6 @@ class Settings(ServiceSettings, frozen=True, kw_only=True):
     - `worker_command`: `{python}` is this interpreter, in a container the image's `python`.
     - `worker_nats_url`, `worker_s3_url`: as workers reach them, if it differs from here.
     - `worker_cache`: a folder; for containers that of their machine, or the name of a volume.
-    - `worker_image`: of types that name none.
     - `worker_threads`: OMP_NUM_THREADS of a worker; 0 leaves it as it is here.
     - those in HANDED_ON: for the workers, which say what they mean and have the defaults.
     - `worker_ready_within`, `worker_stop_within`, `worker_silent_within`: seconds until a worker
@@ -86,7 +84,6 @@ class Settings(ServiceSettings, frozen=True, kw_only=True):
     worker_s3_access_key: str
     worker_s3_secret_key: str
     worker_cache: str
-    worker_image: str = "darkroom-worker"
     worker_command: str = "{python} -m services.inference.worker"
     worker_threads: int = 0
     cache_bytes: str = ""
@@ -109,21 +106,22 @@ class Settings(ServiceSettings, frozen=True, kw_only=True):
 
     def check_launcher(self) -> None:
         """Raises SystemExit that names what the chosen launcher lacks."""
-        if self.launcher == "process" and not self.run:
-            raise SystemExit("set DARKROOM_RUN: where the records of workers lie")
-        if self.launcher != "process" and not re.fullmatch("[a-z0-9-]{1,40}", self.installation):
+        if self.launcher == "process":
+            if not self.run:
+                raise SystemExit("set DARKROOM_RUN: where the records of workers lie")
+            return
+        if not re.fullmatch("[a-z0-9-]{1,40}", self.installation):
             raise SystemExit(
                 "set DARKROOM_INSTALLATION: a name of a-z, 0-9 and -, which no other installation "
                 f"on the same {self.launcher} has"
             )
-        if self.launcher != "nomad":
-            return
         for name, type in self.known_types().types.items():
-            if not type.memory:
-                raise SystemExit(
-                    f"DARKROOM_INSTANCE_TYPES: Nomad must be told the memory of {name}"
-                )
-            if type.share_gpus:
+            in_container = self.launcher == "docker" or type.nomad.driver == "docker"
+            if in_container and not type.image:
+                raise SystemExit(f"DARKROOM_INSTANCE_TYPES: {name} needs an image")
+            if self.launcher == "nomad" and not type.memory:
+                raise SystemExit(f"DARKROOM_INSTANCE_TYPES: {name} needs a memory, for Nomad")
+            if self.launcher == "nomad" and type.share_gpus:
                 raise SystemExit(f"DARKROOM_INSTANCE_TYPES: {name}: Nomad shares no GPUs")
 
     def run_folder(self) -> Path:
@@ -190,7 +188,7 @@ class Settings(ServiceSettings, frozen=True, kw_only=True):
             if isinstance(type, str):
                 aliases[name] = type
             else:
-                types[name] = replace(type, image=type.image or self.worker_image)
+                types[name] = type
         for name in {*aliases.values(), self.default_instance_type} - {*types, ""}:
             raise SystemExit(
                 f"DARKROOM_INSTANCE_TYPES has no {name}, which an alias or "

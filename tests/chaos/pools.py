@@ -309,16 +309,17 @@ def main() -> None:
     print(f"seed {asked.seed}")
     with Stack.temporary(settings={"DARKROOM_WORKER_THREADS": "1"}) as stack:
         admin = deploy(stack, asked.instances)
-        figures = run_jobs(
-            stack,
-            admin,
-            jobs=asked.jobs,
-            instances=asked.instances,
-            pause=tuple(asked.pause),
-            seed=asked.seed,
-        )
-        print(show(figures), flush=True)
-        wait_for_all(admin, asked.instances)
+        if asked.jobs:
+            figures = run_jobs(
+                stack,
+                admin,
+                jobs=asked.jobs,
+                instances=asked.instances,
+                pause=tuple(asked.pause),
+                seed=asked.seed,
+            )
+            print(show(figures), flush=True)
+            wait_for_all(admin, asked.instances)
         left = kill_fast(
             stack,
             admin,

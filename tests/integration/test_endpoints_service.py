@@ -138,6 +138,7 @@ class Endpoints:
     def __init__(self, installation: Installation, client: Client, observer: Client) -> None:
         self.installation = installation
         self.run = installation.run
+        self.settings: dict[str, str] = {}
         self.events: list[tuple[Envelope, Message]] = []
         self.process: subprocess.Popen[bytes] | None = None
         self._js = client.jetstream()
@@ -174,6 +175,7 @@ class Endpoints:
             "DARKROOM_DRAIN_SECONDS": "3",
             "DARKROOM_SCALE_OUT_AFTER": "1",
             "DARKROOM_SCALE_IN_AFTER": "3",
+            **self.settings,
         }
         self.process = subprocess.Popen(
             [sys.executable, "-m", "services.endpoints"],

@@ -11,6 +11,9 @@ import msgspec
 
 from services.endpoints.domain import Endpoint, InstanceType, Seen
 
+CONTAINER_CACHE = "/var/lib/darkroom/cache"
+"""Where a worker in a container has its cache; the images have that folder."""
+
 LAST_LINES = 6
 LAST_BYTES = 4096
 """What of a worker's log says how it ended."""

@@ -22,7 +22,13 @@ from aiodocker import Docker, DockerError
 from aiodocker.containers import DockerContainer
 
 from services.endpoints.domain import Endpoint, InstanceType, Seen
-from services.endpoints.launchers import LAST_LINES, LaunchFailed, Program, describe_end
+from services.endpoints.launchers import (
+    CONTAINER_CACHE,
+    LAST_LINES,
+    LaunchFailed,
+    Program,
+    describe_end,
+)
 from services.endpoints.launchers.gpus import Held, pick_gpus
 from shared.logs import get_logger
 
@@ -35,7 +41,6 @@ INSTALLATION, ENDPOINT, INSTANCE = (
 )
 GPUS, SHARES_GPUS = "darkroom.gpus", "darkroom.shares_gpus"
 
-CACHE = "/var/cache/darkroom"
 SECRETS = "run/secrets"
 """In the container."""
 
@@ -173,15 +178,15 @@ class DockerLauncher:
     ) -> dict[str, Any]:
         environment = {
             **self._program.variables(instance_id, endpoint, type),
-            "DARKROOM_CACHE": CACHE,
+            "DARKROOM_CACHE": CONTAINER_CACHE,
             **{f"{name}_FILE": f"/{SECRETS}/{name}" for name in self._program.secrets},
         }
         host: dict[str, Any] = {
-            "Binds": [f"{self._cache}:{CACHE}"],
+            "Binds": [f"{self._cache}:{CONTAINER_CACHE}"],
             "Memory": type.memory_bytes,
             "MemorySwap": type.memory_bytes,  # the sum of both: no swap
             "CapDrop": ["ALL"],
-            "SecurityOpt": ["no-new-privileges:true"],
+            "SecurityOpt": ["no-new-privileges"],
             "LogConfig": {"Type": "json-file", "Config": LOG_OPTIONS},
         }
         if gpus:
@@ -194,6 +199,7 @@ class DockerLauncher:
             host["NetworkMode"] = self._network
         return {
             "Image": type.image,
+            "Healthcheck": {"Test": ["NONE"]},  # its beats tell how it is
             "Cmd": self._program.command,
             "Env": [f"{name}={value}" for name, value in environment.items()],
             "Labels": {

@@ -18,6 +18,7 @@ import httpx
 
 from services.endpoints.domain import Endpoint, InstanceType, Seen
 from services.endpoints.launchers import (
+    CONTAINER_CACHE,
     LAST_BYTES,
     LaunchFailed,
     NoRoomYet,
@@ -30,9 +31,6 @@ log = get_logger(__name__)
 
 TASK = "worker"
 """The one task of the one group of a job."""
-
-CACHE = "/var/cache/darkroom"
-"""In a container."""
 
 META_ENDPOINT, META_MEMORY = "darkroom_endpoint_id", "darkroom_memory"
 
@@ -239,7 +237,7 @@ class NomadLauncher:
         in_container = needs.driver == "docker"
         environment = {
             **self._program.variables(instance_id, endpoint, type),
-            "DARKROOM_CACHE": CACHE if in_container else self._cache,
+            "DARKROOM_CACHE": CONTAINER_CACHE if in_container else self._cache,
         }
         resources: dict[str, Any] = {"CPU": needs.cpu, "MemoryMB": type.memory_bytes // 1024**2}
         if type.gpu_count:
@@ -289,7 +287,7 @@ class NomadLauncher:
         if type.nomad.driver != "docker":
             return command
         kind = "bind" if self._cache.startswith("/") else "volume"
-        mount = {"type": kind, "source": self._cache, "target": CACHE}
+        mount = {"type": kind, "source": self._cache, "target": CONTAINER_CACHE}
         return {**command, "image": type.image, "cap_drop": ["all"], "mount": [mount]}
 
     def _template(self, job_id: str) -> dict[str, Any]:

@@ -18,7 +18,9 @@ LEFT_OUT = ("site-packages", "test", "tests", "idlelib", "ensurepip", "__pycache
 
 def make_image(url: str) -> str:
     """Its name. Made once for each Python and each version of the worker."""
-    digest = hashlib.sha256(WORKER.read_bytes() + sys.version.encode()).hexdigest()[:12]
+    digest = hashlib.sha256(
+        WORKER.read_bytes() + Path(__file__).read_bytes() + sys.version.encode()
+    ).hexdigest()[:12]
     name = f"darkroom-test-worker:{digest}"
     docker = ["docker", "--host", url]
     if subprocess.run([*docker, "image", "inspect", name], capture_output=True).returncode:
@@ -31,7 +33,7 @@ def make_image(url: str) -> str:
 def _tar() -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
-        for folder in ("tmp", "run", "var/cache/darkroom"):
+        for folder in ("tmp", "run", "var/lib/darkroom/cache"):
             info = tarfile.TarInfo(folder)
             info.type, info.mode = tarfile.DIRTYPE, 0o1777
             archive.addfile(info)

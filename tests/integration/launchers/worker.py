@@ -39,41 +39,48 @@ def tell(settings: dict[str, str], **more: Any) -> None:
     part.rename(file)
 
 
-def report_ready(settings: dict[str, str]) -> socket.socket:
+class Bus:
     """In NATS' own words: there is no client here."""
-    address = settings["DARKROOM_NATS_URL"].removeprefix("nats://")
-    host, _, port = address.partition(":")
-    bus = socket.create_connection((host, int(port)))
-    user = {
-        "verbose": False,
-        "user": settings["DARKROOM_NATS_USER"],
-        "pass": settings["DARKROOM_NATS_PASSWORD"],
-    }
-    type_name = "endpoints.report_instance.v1"
-    frame = {
-        "id": str(uuid.uuid4()),
-        "source": "worker",
-        "type": type_name,
-        "subject": INSTANCE,
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "data": {
+
+    def __init__(self, settings: dict[str, str]) -> None:
+        self._about = {
             "endpoint_id": settings["DARKROOM_ENDPOINT_ID"],
             "instance_id": INSTANCE,
-            "status": "ready",
             "device": settings["DARKROOM_DEVICE"],
-            "pid": os.getpid(),
-        },
-    }
-    body = json.dumps(frame)
-    lines = (f"CONNECT {json.dumps(user)}", f"PUB cmd.{type_name} {len(body)}", body, "PING", "")
-    bus.sendall("\r\n".join(lines).encode())
-    heard = b""
-    while b"PONG" not in heard:
-        part = bus.recv(4096)
-        if not part or b"-ERR" in heard:
-            raise SystemExit(f"no bus: {heard!r}")
-        heard += part
-    return bus
+        }
+        address = settings["DARKROOM_NATS_URL"].removeprefix("nats://")
+        host, _, port = address.partition(":")
+        self._socket = socket.create_connection((host, int(port)))
+        user = {
+            "verbose": False,
+            "user": settings["DARKROOM_NATS_USER"],
+            "pass": settings["DARKROOM_NATS_PASSWORD"],
+        }
+        self._say(f"CONNECT {json.dumps(user)}", "PING")
+        heard = b""
+        while b"PONG" not in heard:
+            part = self._socket.recv(4096)
+            if not part or b"-ERR" in part:
+                raise SystemExit(f"no bus: {heard + part!r}")
+            heard += part
+
+    def _say(self, *lines: str) -> None:
+        self._socket.sendall("".join(f"{line}\r\n" for line in lines).encode())
+
+    def tell(self, subject: str, type_name: str, **more: Any) -> None:
+        frame = {
+            "id": str(uuid.uuid4()),
+            "source": "worker",
+            "type": type_name,
+            "subject": INSTANCE,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "data": {**self._about, **more},
+        }
+        body = json.dumps(frame)
+        self._say(f"PUB {subject} {len(body)}", body)
+
+    def beat(self) -> None:
+        self.tell(f"beats.{INSTANCE}", "endpoints.instance_beat.v1", jobs=[])
 
 
 def main() -> None:
@@ -89,11 +96,15 @@ def main() -> None:
     while NAME.startswith("hungry"):
         kept.append(os.urandom(4 * 1024**2))
         time.sleep(0.02)
-    if settings["DARKROOM_NATS_URL"] != "nats://nowhere:1":
-        bus = report_ready(settings)  # noqa: F841 - open for as long as this worker lives
+    bus = Bus(settings) if settings["DARKROOM_NATS_URL"] != "nats://nowhere:1" else None
+    if bus:
+        ready = "endpoints.report_instance.v1"
+        bus.tell(f"cmd.{ready}", ready, status="ready", pid=os.getpid())
     while not stopping or NAME.startswith("stubborn"):
+        if bus:
+            bus.beat()
         with contextlib.suppress(InterruptedError):
-            time.sleep(0.05)
+            time.sleep(0.1)
     tell(settings, finished=True)
 
 
