@@ -29,6 +29,10 @@ status: setup
 logs *ARGS: setup
     @{{ python }} -m deploy.local logs "$@"
 
+# one job's timeline, from its events: just trace JOB
+trace *ARGS: setup
+    @{{ python }} -m deploy.local.trace "$@"
+
 # delete all data and secrets, after asking
 reset *ARGS: setup
     @{{ python }} -m deploy.local reset "$@"
@@ -57,6 +61,10 @@ check: setup
     .venv/bin/lint-imports
     {{ python }} -m tests.architecture.docs
 
+# write the documents that are made from the code: docs/asyncapi.json, docs/events.md
+docs: setup
+    @{{ python }} -m deploy.docs
+
 # format the code
 format: setup
     .venv/bin/ruff check --fix .
@@ -65,6 +73,10 @@ format: setup
 # measure; see tests/bench
 bench *ARGS: setup
     @{{ python }} -m tests.bench "$@"
+
+# plot how endpoints scale under three loads, beside a fixed pool; see tests/bench/autoscaling.py
+simulate-autoscaling *ARGS: setup
+    @{{ python }} -m tests.bench.autoscaling "$@"
 
 # measure the engine on a GPU: `just bench-gpu`, or `just bench-gpu --small` anywhere
 bench-gpu *ARGS: setup

@@ -16,12 +16,15 @@ PREFIX = "DARKROOM_"
 
 
 class BusSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """`otlp_url`: where traces go, such as http://tempo:4318; there are none without it."""
+
     nats_url: str
     nats_user: str
     nats_password: str
     http_host: str = "127.0.0.1"
     http_port: int = 0
     log_level: str = "info"
+    otlp_url: str = ""
 
 
 class ServiceSettings(BusSettings, frozen=True, kw_only=True):

@@ -29,6 +29,7 @@ from deploy.local.installation import (
 PASS_THROUGH = (
     # all
     "DARKROOM_LOG_LEVEL",
+    "DARKROOM_OTLP_URL",
     "DARKROOM_S3_PUBLIC_URL",
     "DARKROOM_S3_REGION",
     # gateway
@@ -59,6 +60,19 @@ PASS_THROUGH = (
     "DARKROOM_WORKER_THREADS",
     "DARKROOM_WORKER_READY_WITHIN",
     "DARKROOM_WORKER_STOP_WITHIN",
+    "DARKROOM_WORKER_SILENT_WITHIN",
+    "DARKROOM_DRAIN_SECONDS",
+    "DARKROOM_SCALE_OUT_AFTER",
+    "DARKROOM_SCALE_IN_AFTER",
+    "DARKROOM_LAUNCHER",
+    "DARKROOM_GPUS",
+    "DARKROOM_DOCKER_URL",
+    "DARKROOM_DOCKER_NETWORK",
+    "DARKROOM_NOMAD_ADDR",
+    "DARKROOM_NOMAD_TOKEN",
+    "DARKROOM_NOMAD_NAMESPACE",
+    "DARKROOM_WORKER_NATS_URL",
+    "DARKROOM_WORKER_S3_URL",
     "DARKROOM_INSTANCE_TYPES",
     "DARKROOM_DEFAULT_INSTANCE_TYPE",
     "DARKROOM_CACHE_BYTES",
@@ -79,7 +93,18 @@ GATEWAYS = "DARKROOM_GATEWAYS"
 """How many gateways to run; read by the supervisor itself."""
 
 KEPT = ("PATH", "HOME", "USER", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
-KEPT_PREFIXES = ("LC_", "SSL_CERT_", "CUDA_", "NVIDIA_", "ROCR_", "OMP_", "MKL_", "NUMBA_", "HF_")
+KEPT_PREFIXES = (
+    "LC_",
+    "SSL_CERT_",
+    "CUDA_",
+    "NVIDIA_",
+    "ROCR_",
+    "OMP_",
+    "MKL_",
+    "NUMBA_",
+    "HF_",
+    "OTEL_",
+)
 """The rest of the shell's environment stays outside: PG…, AWS_… and proxies change behaviour."""
 
 
@@ -154,10 +179,19 @@ def _describe(
             "PYTHONUNBUFFERED": "1",
             **{key: value for key, value in settings.items() if key in PASS_THROUGH},
             **_environment(installation, module),
+            **_metrics_port(installation, name, module),
+            **_containers(installation, module, settings),
             "DARKROOM_HTTP_HOST": "127.0.0.1",
             "DARKROOM_HTTP_PORT": str(port),
         },
     )
+
+
+def _metrics_port(installation: Installation, name: str, module: str) -> dict[str, str]:
+    """The others show what they count on the port of their health."""
+    if module != "gateway":
+        return {}
+    return {"DARKROOM_METRICS_PORT": str(installation.ports[f"{name}_metrics"])}
 
 
 def _environment(installation: Installation, module: str) -> dict[str, str]:
@@ -195,6 +229,21 @@ def _environment(installation: Installation, module: str) -> dict[str, str]:
         environment["DARKROOM_RUN"] = str(installation.run)
         environment["DARKROOM_LOGS"] = str(installation.logs)
     return environment
+
+
+def _containers(
+    installation: Installation, module: str, settings: Mapping[str, str]
+) -> dict[str, str]:
+    """Workers that are no processes go with this installation all the same, and keep what they
+    fetch in a volume: they are other users than its folder has."""
+    if module != "endpoints" or settings.get("DARKROOM_LAUNCHER", "process") == "process":
+        return {}
+    digest = hashlib.sha256(str(installation.home).encode()).hexdigest()
+    return {
+        "DARKROOM_INSTALLATION": f"local-{digest[:12]}",
+        "DARKROOM_KEEP_WORKERS": "false",
+        "DARKROOM_WORKER_CACHE": "darkroom-cache",
+    }
 
 
 async def http_status(port: int, path: str, timeout: float = 3.0) -> int | None:

@@ -57,11 +57,15 @@ class CreateJob(Command, frozen=True, kw_only=True):
 
 
 class StartJob(Command, frozen=True, kw_only=True):
-    """`endpoints`: those in service that the owner may use, as the caller saw them."""
+    """`endpoints`: those in service that the user may use, as the caller saw them. `roles` and
+    `administrator` say the same of endpoints that come later: the job may move to one of those when
+    its own ends."""
 
     job_id: str
     username: str
     endpoints: list[Endpoint]
+    roles: list[str] = []
+    administrator: bool = False
 
 
 class CancelJob(Command, frozen=True, kw_only=True):
@@ -80,11 +84,14 @@ class DeleteJobs(Command, frozen=True, kw_only=True):
 
 
 class ReportJobStarted(Command, frozen=True, kw_only=True):
-    """A worker has taken the job. `attempt` counts deliveries, from 1."""
+    """A worker has taken the job. `attempt` counts deliveries, from 1. `seconds`: the stages that
+    lie behind it (fetch, line)."""
 
     job_id: str
     instance_id: str
     attempt: int
+    seconds: dict[str, float] = {}
+    endpoint_id: str = ""
 
 
 class ReportJobSucceeded(Command, frozen=True, kw_only=True):
@@ -97,6 +104,7 @@ class ReportJobSucceeded(Command, frozen=True, kw_only=True):
     info_name: str
     seconds: dict[str, float] = {}
     warnings: list[str] = []
+    endpoint_id: str = ""
 
 
 class ReportJobFailed(Command, frozen=True, kw_only=True):
@@ -104,6 +112,7 @@ class ReportJobFailed(Command, frozen=True, kw_only=True):
     instance_id: str
     attempt: int
     reason: str
+    endpoint_id: str = ""
 
 
 class ResyncInference(Command, frozen=True, kw_only=True):
@@ -112,7 +121,9 @@ class ResyncInference(Command, frozen=True, kw_only=True):
 
 class Job(State, frozen=True, kw_only=True):
     """`status`: created, inprogress, succeed, failed (with `reason`). ESD's own spelling.
-    `cancelled`: it failed because somebody wanted it no more."""
+    `cancelled`: it failed because somebody wanted it no more. `params_at`: when its params came;
+    `taken_at`, `instance_id`: when the last attempt began, and the worker; `seconds`: stage name ->
+    duration, of the last attempt, as far as it has come."""
 
     job_id: str
     owner: str
@@ -135,6 +146,9 @@ class Job(State, frozen=True, kw_only=True):
     seconds: dict[str, float] = {}
     warnings: list[str] = []
     cancelled: bool = False
+    params_at: datetime | None = None
+    taken_at: datetime | None = None
+    instance_id: str | None = None
 
 
 class JobCreated(Job, frozen=True, kw_only=True): ...
@@ -144,6 +158,10 @@ class JobStarted(Job, frozen=True, kw_only=True): ...
 
 
 class JobTaken(Job, frozen=True, kw_only=True): ...
+
+
+class JobMoved(Job, frozen=True, kw_only=True):
+    """Its endpoint has ended before it was done; another one has it now."""
 
 
 class JobSucceeded(Job, frozen=True, kw_only=True): ...
@@ -162,7 +180,8 @@ class JobSynced(Job, frozen=True, kw_only=True): ...
 
 
 class RunJob(Message, frozen=True, kw_only=True):
-    """Work for one worker, on the work queue of the endpoint. Emitter: inference."""
+    """Work for one worker, on the work queue of the endpoint. `version`: of the job as this was
+    said; what a later one says of it holds. Emitter: inference."""
 
     job_id: str
     endpoint_id: str
@@ -171,6 +190,7 @@ class RunJob(Message, frozen=True, kw_only=True):
     bucket: str
     params_key: str
     result_prefix: str
+    version: int = 0
 
 
 class JobProgress(Message, frozen=True, kw_only=True):

@@ -17,12 +17,12 @@ import psutil
 from deploy.local.client import Client
 from deploy.local.demo import CHECKPOINT
 from deploy.local.stack import Stack
-from tests.bench import cache, http, jobs, registry, switching
+from tests.bench import cache, endpoints, http, jobs, registry, switching
 from tests.bench.report import Row, print_table
 
 THREADS = 1
 USUAL = ("jobs", "memory", "http")
-NAMES = (*USUAL, "registry", "cache", "switches")
+NAMES = (*USUAL, "endpoints", "registry", "cache", "switches")
 
 
 def main() -> None:
@@ -30,8 +30,13 @@ def main() -> None:
     if unknown := wanted - set(NAMES):
         raise SystemExit(f"just bench [{' '.join(NAMES)}]; got {', '.join(unknown)}")
     if "registry" in wanted:
-        with stack_with(**registry.settings()) as (stack, client):
+        may_download = {"download_schemes": "http", "download_allowed_hosts": "127.0.0.1"}
+        with stack_with(instances=0, **may_download) as (stack, client):
             print_table("Into the registry", "bare boto3", registry.ways_in(stack, client))
+    if "endpoints" in wanted:
+        with stack_with(scale_in_after=1, instances=0) as (_, client):
+            rows = endpoints.starting(client) + endpoints.waking(client)
+            print_table("Endpoints", "importing torch", rows)
     if "cache" in wanted:
         cache.run()
     if "switches" in wanted:
@@ -59,8 +64,8 @@ def main() -> None:
 
 
 @contextmanager
-def stack_with(**settings: object) -> Iterator[tuple[Stack, Client]]:
-    """A stack with one worker and the demo checkpoint."""
+def stack_with(*, instances: int = 1, **settings: object) -> Iterator[tuple[Stack, Client]]:
+    """A stack with the demo checkpoint, and an endpoint unless it has no instances."""
     told = {f"DARKROOM_{name.upper()}": str(value) for name, value in settings.items()}
     told["DARKROOM_WORKER_THREADS"] = str(THREADS)
     with Stack.temporary(settings=told) as stack:
@@ -72,9 +77,10 @@ def stack_with(**settings: object) -> Iterator[tuple[Stack, Client]]:
             known["DARKROOM_ADMIN_PASSWORD"],
         )
         client.upload_checkpoint("Stable-diffusion", CHECKPOINT)
-        client.create_endpoint("bench")
-        client.wait_for_endpoint("bench")
-        client.run_job("txt2img", jobs.MODELS, {"prompt": "x", "steps": 1, "width": 64})
+        if instances:
+            client.create_endpoint("bench", count=instances)
+            client.wait_for_endpoint("bench")
+            client.run_job("txt2img", jobs.MODELS, {"prompt": "x", "steps": 1, "width": 64})
         yield stack, client
 
 

@@ -32,13 +32,9 @@ BLOCK = 4 * 1024**2
 SAMPLE_SECONDS = 0.02
 
 
-def settings() -> dict[str, object]:
-    """Of a stack that may download from this machine."""
-    return {"download_schemes": "http", "download_allowed_hosts": "127.0.0.1"}
-
-
 def ways_in(stack: Stack, client: Client, size: int = GIB, large: int = 4 * GIB) -> list[Row]:
-    """`size`: bytes of the file that is timed; `large`: of one that only memory is measured of."""
+    """Needs a stack that may download from this machine. `size`: bytes of the file that is timed;
+    `large`: of one that only memory is measured of."""
     rows = []
     service = psutil.Process(stack.pid("models"))
     with tempfile.TemporaryDirectory(dir=stack.home) as name, serving(Path(name)) as url:

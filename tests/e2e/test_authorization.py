@@ -67,6 +67,7 @@ ROUTES: dict[str, Route] = {
         "DELETE", "/checkpoints", "checkpoint:all", {"checkpoint_id_list": [NOTHING]}
     ),
     "ListEndpoints": Route("GET", "/endpoints", "sagemaker_endpoint:list"),
+    "GetEndpoint": Route("GET", f"/endpoints/{NOTHING}", "sagemaker_endpoint:list"),
     "CreateEndpoint": Route(
         "POST",
         "/endpoints",
@@ -95,7 +96,7 @@ ROUTES: dict[str, Route] = {
     "FollowEvents": Route("GET", "/events", ANYBODY),
     "FollowInferenceJob": Route("GET", f"/inferences/{NOTHING}/events", "inference:list"),
 }
-WITHOUT_A_PERSON = {"Ping", "GetApi", "CreateAccessToken"}
+WITHOUT_A_PERSON = {"Ping", "GetApi", "GetAsyncApi", "CreateAccessToken"}
 WITH_BODY = [name for name, route in ROUTES.items() if route.body]
 names = itertools.count()
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import torch
@@ -28,6 +28,8 @@ from services.inference.worker.pipelines.prompts.encoding import Encodings
 from services.inference.worker.settings import EngineOptions
 from shared.contracts.inference import RunJob
 
+T = TypeVar("T")
+
 _LIBRARIES = ("torch", "diffusers", "transformers", "safetensors", "numpy", "pillow")
 _WEBUI_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".onnx")
 
@@ -47,6 +49,7 @@ class Library:
             self.on_device = Shelf(options.gpu_bytes or memory.total() // 2, memory.release)
         self._parts = Parts()
         self._headers: dict[tuple[object, ...], ModelFile] = {}
+        self._names: dict[object, str] = {}
 
     def open(self, path: Path, name: str) -> ModelFile:
         """Its header alone. Raises JobFailure for what is no harmless, complete model file."""
@@ -58,8 +61,10 @@ class Library:
         return self._headers[key]
 
     def checkpoint(self, file: ModelFile) -> Checkpoint:
-        return self.on_device.get(
-            ("checkpoint", file.identity()),
+        return self._keep(
+            self.on_device,
+            "checkpoint",
+            file,
             size_of_file(file, self.place),
             lambda: Checkpoint(file, self.place, self._parts),
             Checkpoint.tensors,
@@ -74,28 +79,60 @@ class Library:
             return self._parts.share(vae)
 
         size = size_of_file(file, self.place)
-        return self.on_device.get(("vae", file.identity()), size, load, self._tensors_of)
+        return self._keep(self.on_device, "vae", file, size, load, self._tensors_of)
 
     def controlnet(self, file: ModelFile) -> Any:
-        return self.on_device.get(
-            ("controlnet", file.identity()),
+        return self._keep(
+            self.on_device,
+            "controlnet",
+            file,
             size_of_file(file, self.place),
             lambda: components.load_controlnet(file, self.place),
             self._tensors_of,
         )
 
     def network(self, file: ModelFile) -> NetworkFile:
-        return self.in_memory.get(
-            ("network", file.identity()),
+        return self._keep(
+            self.in_memory,
+            "network",
+            file,
             file.size,
             lambda: NetworkFile(file),
             NetworkFile.tensors,
         )
 
     def embedding(self, file: ModelFile) -> Embedding:
-        return self.in_memory.get(
-            ("embedding", file.identity()), file.size, lambda: Embedding(file), Embedding.tensors
+        return self._keep(
+            self.in_memory,
+            "embedding",
+            file,
+            file.size,
+            lambda: Embedding(file),
+            Embedding.tensors,
         )
+
+    def _keep(
+        self,
+        shelf: Shelf,
+        kind: str,
+        file: ModelFile,
+        size: int,
+        load: Callable[[], T],
+        tensors: Callable[[T], Iterable[Tensor]],
+    ) -> T:
+        key = (kind, file.identity())
+        thing = shelf.get(key, size, load, tensors)
+        self._names[key] = file.name
+        return thing
+
+    @property
+    def loaded(self) -> list[str]:
+        """The names of the files whose weights are kept."""
+        shelves = self.on_device, self.in_memory
+        self._names = {
+            key: name for key, name in self._names.items() if any(key in shelf for shelf in shelves)
+        }
+        return sorted(set(self._names.values()))
 
     def forget(self) -> None:
         """Gives all memory back, after the device had not enough of it."""
@@ -200,13 +237,14 @@ def _versions() -> dict[str, str]:
     return found
 
 
+def name_of(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
 def describe(place: Place) -> dict[str, str]:
     """The device by name and the precision of the weights on it."""
-    name = "CPU"
-    if place.device.type == "cuda":
-        name = torch.cuda.get_device_name(place.device)
     return {
-        "name": name,
+        "name": name_of(place.device),
         "type": place.device.type,
         "precision": str(place.dtype).removeprefix("torch."),
         "threads": str(torch.get_num_threads()) if place.device.type == "cpu" else "",

@@ -57,6 +57,10 @@ class Shelf:
             self._kept.move_to_end(key)
             return thing
 
+    def __contains__(self, key: object) -> bool:
+        with self._turn:
+            return self._find(key) is not None
+
     @property
     def size(self) -> int:
         """Bytes."""
