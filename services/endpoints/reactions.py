@@ -27,7 +27,7 @@ from services.endpoints.domain import (
     make_plan,
 )
 from services.endpoints.launchers import Launcher, LaunchFailed, NoRoomYet
-from services.endpoints.store import EndpointStore, InstanceStore
+from services.endpoints.store import EndpointStore, InstanceStore, Lead
 from shared.contracts.endpoints import InstanceBeat
 from shared.contracts.envelope import Message, new_id
 from shared.contracts.subjects import JOBS, beat_subject, jobs_consumer, jobs_durable
@@ -174,14 +174,24 @@ class Reconciler:
         self._wake.set()
 
     async def run(self, service: Service) -> None:
-        """Until cancelled. What goes wrong in one pass is tried again in the next."""
+        """Until cancelled. What goes wrong in one pass is tried again in the next. Of several
+        services one reconciles; the others wait for it to be gone."""
+        lead = Lead(service.pool)
+        try:
+            await self._wait_for(lead)
+            await self._lead(lead, service)
+        finally:
+            await lead.give_up()
+
+    async def _lead(self, lead: Lead, service: Service) -> None:
         await self._launcher.open(self.wake)
         await service.hear(beat_subject("*"), self._pulses.hear)
         self._service = service
         while True:
             try:
                 async with self._one_at_a_time:
-                    await self._reconcile(service)
+                    if await lead.take():
+                        await self._reconcile(service)
             except Exception as error:
                 log.warning("reconcile_postponed", error=repr(error))
             with contextlib.suppress(TimeoutError):
@@ -205,6 +215,19 @@ class Reconciler:
                     log.warning("stop_not_recorded", error=repr(error))
                 await self._launcher.stop_all(within=LAST_STOP)
             await self._launcher.close()
+
+    async def _wait_for(self, lead: Lead) -> None:
+        waiting = False
+        while True:
+            try:
+                if await lead.take():
+                    return
+                if not waiting:
+                    log.info("waiting_for_lead")
+                waiting = True
+            except Exception as error:
+                log.warning("lead_postponed", error=repr(error))
+            await asyncio.sleep(EVERY)
 
     async def _reconcile(self, service: Service) -> None:
         if self._stopping:

@@ -224,3 +224,36 @@ class InstanceStore:
 
     async def remove_all_of(self, endpoint_id: str) -> None:
         await self._conn.execute("DELETE FROM instances WHERE endpoint_id = $1", endpoint_id)
+
+
+class Lead:
+    """Where several endpoints services run, one has the lead: it holds a lock that ends with its
+    connection, however that ends."""
+
+    def __init__(self, pool: Any) -> None:
+        self._pool = pool
+        self._conn: Any = None
+
+    async def take(self) -> bool:
+        """Whether this process has the lead by now."""
+        if self._conn is not None:
+            if not self._conn.is_closed():
+                return True
+            await self.give_up()
+        conn = await self._pool.acquire()
+        try:
+            taken = await conn.fetchval(
+                "SELECT pg_try_advisory_lock(hashtext('endpoints.reconciler'))"
+            )
+            if taken:
+                self._conn, conn = conn, None
+            return bool(taken)
+        finally:
+            if conn is not None:
+                await self._pool.release(conn)
+
+    async def give_up(self) -> None:
+        """Another may take it from now on."""
+        conn, self._conn = self._conn, None
+        if conn is not None:
+            await self._pool.release(conn)

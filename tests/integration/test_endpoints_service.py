@@ -582,6 +582,27 @@ async def test_workers_go_and_come_back_with_the_service(service: Endpoints) -> 
     await service.wait_status(endpoint_id, "InService", 2)
 
 
+async def test_of_two_services_one_reconciles_until_the_other_takes_over(
+    service: Endpoints,
+) -> None:
+    first = service.process
+    assert first
+    service.run = service.run.with_name("another-machine")
+    service.start()
+    second = service.process
+    assert second
+    endpoint_id = await service.create("led", 2)
+    await service.wait_status(endpoint_id, "InService", 2)
+    await asyncio.sleep(2)
+    assert {worker.ppid() for worker in service.workers(endpoint_id)} == {first.pid}
+    assert len(service.workers(endpoint_id)) == 2
+    first.terminate()
+    await asyncio.to_thread(first.wait, 20)
+    await service.wait(lambda: len(service.workers(endpoint_id)) == 2, "workers of the second")
+    await service.wait_status(endpoint_id, "InService", 2)
+    assert {worker.ppid() for worker in service.workers(endpoint_id)} == {second.pid}
+
+
 async def test_resync_tells_of_deleted_endpoints_too(service: Endpoints) -> None:
     gone = await service.create("gone")
     await service.delete("gone")
