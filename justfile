@@ -69,3 +69,28 @@ bench *ARGS: setup
 # measure the engine on a GPU: `just bench-gpu`, or `just bench-gpu --small` anywhere
 bench-gpu *ARGS: setup
     @{{ python }} -m tests.bench.gpu "$@"
+
+# In containers, see docs/operations.md. COMPOSE_PROFILES is cpu or gpu; COMPOSE_FILE takes overrides
+
+export COMPOSE_FILE := env("COMPOSE_FILE", "deploy/compose.yaml")
+export COMPOSE_PROFILES := env("COMPOSE_PROFILES", "cpu")
+export DARKROOM_COMPOSE_HOME := absolute_path(env("DARKROOM_COMPOSE_HOME", ".darkroom-compose"))
+
+# build the images, make the secrets, start everything and return when it is healthy
+compose-up: compose-secrets
+    docker compose build
+    docker compose up --wait --wait-timeout 300
+
+# make the secrets that are missing, and the files of this version
+compose-secrets:
+    mkdir -p "$DARKROOM_COMPOSE_HOME"
+    docker compose build install
+    docker compose run --rm --no-deps --user "$(id -u):$(id -g)" install
+
+# stop the containers; data stays in their volumes
+compose-down:
+    docker compose down --timeout 30
+
+# the demo's client against the containers
+compose-demo: setup
+    DARKROOM_HOME="$DARKROOM_COMPOSE_HOME" {{ python }} -m deploy.local.demo

@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -124,10 +125,13 @@ async def provision_nats(
     installation: Installation,
     streams: list[StreamConfig] = STREAMS,
     consumers: list[tuple[str, ConsumerConfig]] = CONSUMERS,
+    *,
+    replicas: int = 1,
 ) -> None:
+    """`replicas`: how many servers of a cluster keep each stream, and its consumers."""
     client = await _when_it_answers(
         lambda: nats.connect(
-            installation.nats_url,
+            installation.nats_url.split(","),
             user="admin",
             password=installation.secrets.nats["admin"],
             inbox_prefix=b"_INBOX_admin",
@@ -138,7 +142,10 @@ async def provision_nats(
     )
     try:
         jetstream = client.jetstream()
-        created = [await _declare_stream(jetstream, stream) for stream in streams]
+        created = [
+            await _declare_stream(jetstream, replace(stream, num_replicas=replicas))
+            for stream in streams
+        ]
         for stream_name, consumer in consumers:
             await _declare_consumer(jetstream, stream_name, consumer)
     finally:
@@ -232,7 +239,7 @@ async def provision_s3(installation: Installation) -> None:
     client.close()
 
 
-async def provision(installation: Installation) -> None:
+async def provision(installation: Installation, *, replicas: int = 1) -> None:
     async def postgres() -> None:
         await provision_postgres(installation)
         for role, names in (await migrate_all(installation)).items():
@@ -241,7 +248,7 @@ async def provision(installation: Installation) -> None:
 
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(postgres())
-        tasks.create_task(provision_nats(installation))
+        tasks.create_task(provision_nats(installation, replicas=replicas))
         tasks.create_task(provision_s3(installation))
 
 
