@@ -84,7 +84,7 @@ compose-up: compose-secrets
 # make the secrets that are missing, and the files of this version
 compose-secrets:
     mkdir -p "$DARKROOM_COMPOSE_HOME"
-    docker compose build install
+    docker compose build provision
     docker compose run --rm --no-deps --user "$(id -u):$(id -g)" install
 
 # stop the containers; data stays in their volumes

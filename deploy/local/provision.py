@@ -26,7 +26,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 from nats.js import JetStreamContext
 from nats.js.api import ConsumerConfig, StreamConfig
-from nats.js.errors import APIError, BadRequestError
+from nats.js.errors import APIError, BadRequestError, ServiceUnavailableError
 
 from deploy.local.installation import (
     JOBS_BUCKET,
@@ -143,7 +143,10 @@ async def provision_nats(
     try:
         jetstream = client.jetstream()
         created = [
-            await _declare_stream(jetstream, replace(stream, num_replicas=replicas))
+            await _when_it_answers(
+                partial(_declare_stream, jetstream, replace(stream, num_replicas=replicas)),
+                (ServiceUnavailableError, TimeoutError),  # a cluster that has no leader yet
+            )
             for stream in streams
         ]
         for stream_name, consumer in consumers:

@@ -1,9 +1,9 @@
 #!/bin/sh
 # A Docker engine for tests where none answers: Debian's dockerd on a socket of its own.
 #
-#   eval "$(tests/containers/engine.sh start)"    # or use the engine that answers already
-#   tests/containers/engine.sh images             # build the stand-ins, see standins/
-#   tests/containers/engine.sh stop               # only what `start` started
+#   eval "$(tests/containers/engine.sh start)"     # or use the engine that answers already
+#   eval "$(tests/containers/engine.sh images)"    # build the stand-ins of standins/, and use them
+#   tests/containers/engine.sh stop                # only what `start` started
 #
 # Each is safe to repeat. Needs root on Debian. Everything lies in $DARKROOM_ENGINE and is kept
 # from run to run: images, build cache, plugins.
@@ -13,8 +13,9 @@ home=${DARKROOM_ENGINE:-$HOME/.cache/darkroom-engine}
 here=$(cd "$(dirname "$0")" && pwd)
 socket=$home/docker.sock
 pid=$home/docker.pid
-# A host's systems are quieter with a network that nobody else uses.
-bridge=10.231.1.1/24
+# A bridge of its own: another dockerd of this machine would give docker0 another address.
+bridge=darkroom0
+address=10.231.1.1/24
 pools=base=10.231.128.0/17,size=24
 
 answers() { docker info >/dev/null 2>&1; }
@@ -50,7 +51,7 @@ install_engine() {
         apt-get -q update
         # iptables must be there: without it the names of containers are not resolved.
         DEBIAN_FRONTEND=noninteractive apt-get -q install -y --no-install-recommends \
-            docker.io iptables mmdebstrap || { rm -f "$forbid"; return 1; }
+            docker.io iproute2 iptables mmdebstrap || { rm -f "$forbid"; return 1; }
         rm -f "$forbid"
     fi
     if [ ! -x "$home/config/cli-plugins/docker-compose" ]; then
@@ -77,9 +78,12 @@ start() {
             return 1
         }
         cat /proc/sys/net/ipv4/ip_forward >"$home/ip_forward"
+        ip link show $bridge >/dev/null 2>&1 || ip link add $bridge type bridge
+        ip address replace $address dev $bridge
+        ip link set $bridge up
         setsid dockerd --host "$DOCKER_HOST" --data-root "$home/data" --exec-root "$home/exec" \
             --pidfile "$pid" --storage-driver overlay2 --iptables=false --ip6tables=false \
-            --bip $bridge --default-address-pool $pools \
+            --bridge $bridge --default-address-pool $pools \
             >"$home/dockerd.log" 2>&1 </dev/null 9>&- &
         for _ in $(seq 150); do answers && break || sleep 0.2; done
         answers || { tail -n 20 "$home/dockerd.log" >&2; return 1; }
@@ -96,7 +100,7 @@ stop() {
     while kill -0 "$number" 2>/dev/null; do sleep 0.1; done
     rm -f "$pid" "$socket"
     # What dockerd leaves behind.
-    ip -o -4 address | awk '$4 ~ /^10\.231\./ {print $2}' | xargs -r -n 1 ip link delete 2>/dev/null || true
+    ip link delete $bridge
     cat "$home/ip_forward" >/proc/sys/net/ipv4/ip_forward
 }
 
