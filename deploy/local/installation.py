@@ -206,7 +206,7 @@ class Installation:
         return f"postgresql://{role}:{password}@127.0.0.1:{self.ports['postgres']}/{database}"
 
     def nats_url_as(self, user: str) -> str:
-        return f"nats://{user}:{self.secrets.nats[user]}@127.0.0.1:{self.ports['nats']}"
+        return self.nats_url.replace("nats://", f"nats://{user}:{self.secrets.nats[user]}@")
 
     def client_environment(self) -> dict[str, str]:
         """What a client of this installation needs; also written to `local.env`."""
