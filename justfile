@@ -94,3 +94,39 @@ compose-down:
 # the demo's client against the containers
 compose-demo: setup
     DARKROOM_HOME="$DARKROOM_COMPOSE_HOME" {{ python }} -m deploy.local.demo
+
+# streams, database and objects into a folder, while everything runs: just backup FOLDER
+backup FOLDER:
+    #!/bin/sh
+    set -eu
+    mkdir -p "$1" && chmod 700 "$1"
+    folder=$(cd "$1" && pwd)
+    tool() {
+        docker compose run --rm --no-deps -T --user "$(id -u):$(id -g)" \
+            --volume "$folder:/backup" provision python -m deploy.containers.backup "$1" /backup
+    }
+    tool save-streams
+    docker compose exec -T postgres pg_dump -U postgres -Fc darkroom >"$folder/postgres.dump"
+    tool save-objects
+
+# what a backup holds takes the place of what is there: just restore FOLDER
+restore FOLDER: compose-secrets
+    #!/bin/sh
+    set -eu
+    folder=$(cd "$1" && pwd)
+    tool() {
+        docker compose run --rm --no-deps -T --user "$(id -u):$(id -g)" \
+            --volume "$folder:/backup:ro" provision python -m deploy.containers.backup "$1" /backup
+    }
+    tool check
+    docker compose down --timeout 30
+    docker compose run --rm -T provision  # starts the servers first
+    docker compose exec -T postgres dropdb -U postgres --force darkroom
+    docker compose exec -T postgres pg_restore -U postgres -d postgres --create --exit-on-error \
+        <"$folder/postgres.dump"
+    # Gateways then believe that they have missed something, and ask all services for their state.
+    docker compose exec -T postgres psql -U postgres -d darkroom -q \
+        -c 'UPDATE gateway.position SET seq = 9007199254740991'
+    tool load-streams
+    tool load-objects
+    docker compose up --wait --wait-timeout 300

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import asyncpg
-import botocore.session
+import boto3
 import nats
 import nats.errors
 from botocore.config import Config
@@ -214,9 +214,10 @@ CORS = {
 }
 
 
-async def provision_s3(installation: Installation) -> None:
+def s3_client(installation: Installation) -> Any:
+    """As the administrator of the object store."""
     key = installation.secrets.s3["admin"]
-    client = botocore.session.get_session().create_client(
+    return boto3.client(
         "s3",
         endpoint_url=installation.s3_url,
         aws_access_key_id=key.access_key,
@@ -230,6 +231,10 @@ async def provision_s3(installation: Installation) -> None:
             retries={"max_attempts": 1},
         ),
     )
+
+
+async def provision_s3(installation: Installation) -> None:
+    client = s3_client(installation)
 
     async def declare(bucket: str) -> None:
         exists = (client.exceptions.BucketAlreadyOwnedByYou, client.exceptions.BucketAlreadyExists)
