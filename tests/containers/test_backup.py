@@ -36,7 +36,7 @@ def test_a_destroyed_deployment_comes_back_whole(deployment: Deployment, tmp_pat
     deployment.just("restore", str(folder))
 
     with deployment.log_in() as client:
-        again = client.get_job(job["id"])
+        again = client.get_job(job["InferenceJobId"])
         assert again["status"] == "succeed"
         assert client.download(again["img_presigned_urls"][0]) == picture
 
