@@ -66,6 +66,10 @@ format: setup
 bench *ARGS: setup
     @{{ python }} -m tests.bench "$@"
 
+# plot how endpoints scale under three loads, beside a fixed pool; see tests/bench/autoscaling.py
+simulate-autoscaling *ARGS: setup
+    @{{ python }} -m tests.bench.autoscaling "$@"
+
 # measure the engine on a GPU: `just bench-gpu`, or `just bench-gpu --small` anywhere
 bench-gpu *ARGS: setup
     @{{ python }} -m tests.bench.gpu "$@"

@@ -13,11 +13,13 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import asyncpg
+import msgspec
 import nats.errors
 import uvicorn
 import uvloop
 from faststream.nats import NatsBroker
 from nats.aio.client import Client
+from nats.aio.msg import Msg
 from nats.js import JetStreamContext
 
 from shared import logs
@@ -25,7 +27,7 @@ from shared.attempts import Attempts
 from shared.bus import Handlers, Receiver, make_broker, pull, wait_for_consumer
 from shared.contracts import envelope as cloud
 from shared.contracts.envelope import Message
-from shared.contracts.registry import type_of
+from shared.contracts.registry import payload, type_of
 from shared.contracts.subjects import COMMANDS, EVENTS, progress_subject
 from shared.health import Check, health_app
 from shared.outbox import Outbox
@@ -163,6 +165,22 @@ class Service:
             await self._client.publish(progress_subject(about), cloud.encode(framed))
         except nats.errors.Error as error:
             log.debug("telemetry_lost", error=repr(error))
+
+    async def hear(self, subject: str, listener: Callable[[Message], None]) -> None:
+        """From now on `listener` is told the telemetry of others."""
+
+        async def receive(message: Msg) -> None:
+            try:
+                listener(payload(cloud.decode(message.data)))
+            except (msgspec.MsgspecError, KeyError) as error:
+                log.debug("telemetry_misread", error=repr(error))
+
+        await self._client.subscribe(subject, cb=receive)
+
+    @property
+    def connections(self) -> int | None:
+        """How often the bus was found again; None while it is away."""
+        return self._client.stats["reconnects"] if self._client.is_connected else None
 
     def _subscribe(self, broker: NatsBroker) -> None:
         attempts = Attempts(self.pool)

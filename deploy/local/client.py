@@ -154,8 +154,10 @@ class Client:
     # Endpoints
 
     def find_endpoint(self, name: str) -> dict[str, Any] | None:
+        """The one that has the name, so none that is being deleted."""
         endpoints: list[dict[str, Any]] = self.call("GET", "/endpoints")["data"]["endpoints"]
-        return next((e for e in endpoints if e["endpoint_name"] == name), None)
+        named = [e for e in endpoints if e["endpoint_name"] == name]
+        return next((e for e in named if e["endpoint_status"] != "Deleting"), None)
 
     def create_endpoint(
         self,
@@ -165,14 +167,17 @@ class Client:
         count: int = 1,
         instance_type: str = "cpu",
         roles: tuple[str, ...] = ("IT Operator",),
+        **scaling: int,
     ) -> dict[str, Any]:
+        """`scaling`: `max_instance_number` and `min_instance_number`; with either it scales."""
         body = {
             "endpoint_name": name,
             "endpoint_type": type_,
             "instance_type": instance_type,
             "initial_instance_count": str(count),
-            "autoscaling_enabled": False,
+            "autoscaling_enabled": bool(scaling),
             "assign_to_roles": list(roles),
+            **{name: str(number) for name, number in scaling.items()},
         }
         endpoint: dict[str, Any] = self.call("POST", "/endpoints", body)["data"]
         return endpoint

@@ -59,6 +59,19 @@ PASS_THROUGH = (
     "DARKROOM_WORKER_THREADS",
     "DARKROOM_WORKER_READY_WITHIN",
     "DARKROOM_WORKER_STOP_WITHIN",
+    "DARKROOM_WORKER_SILENT_WITHIN",
+    "DARKROOM_DRAIN_SECONDS",
+    "DARKROOM_SCALE_OUT_AFTER",
+    "DARKROOM_SCALE_IN_AFTER",
+    "DARKROOM_LAUNCHER",
+    "DARKROOM_GPUS",
+    "DARKROOM_DOCKER_URL",
+    "DARKROOM_DOCKER_NETWORK",
+    "DARKROOM_NOMAD_ADDR",
+    "DARKROOM_NOMAD_TOKEN",
+    "DARKROOM_NOMAD_NAMESPACE",
+    "DARKROOM_WORKER_NATS_URL",
+    "DARKROOM_WORKER_S3_URL",
     "DARKROOM_INSTANCE_TYPES",
     "DARKROOM_DEFAULT_INSTANCE_TYPE",
     "DARKROOM_CACHE_BYTES",
@@ -153,6 +166,7 @@ def _describe(
             "PYTHONUNBUFFERED": "1",
             **{key: value for key, value in settings.items() if key in PASS_THROUGH},
             **_environment(installation, module),
+            **_containers(installation, module, settings),
             "DARKROOM_HTTP_HOST": "127.0.0.1",
             "DARKROOM_HTTP_PORT": str(port),
         },
@@ -194,6 +208,21 @@ def secrets_of(installation: Installation, module: str) -> dict[str, str]:
         known["DARKROOM_WORKER_S3_ACCESS_KEY"] = secrets.s3["worker"].access_key
         known["DARKROOM_WORKER_S3_SECRET_KEY"] = secrets.s3["worker"].secret_key
     return known
+
+
+def _containers(
+    installation: Installation, module: str, settings: Mapping[str, str]
+) -> dict[str, str]:
+    """Workers that are no processes go with this installation all the same, and keep what they
+    fetch in a volume: they are other users than its folder has."""
+    if module != "endpoints" or settings.get("DARKROOM_LAUNCHER", "process") == "process":
+        return {}
+    digest = hashlib.sha256(str(installation.home).encode()).hexdigest()
+    return {
+        "DARKROOM_INSTALLATION": f"local-{digest[:12]}",
+        "DARKROOM_KEEP_WORKERS": "false",
+        "DARKROOM_WORKER_CACHE": "darkroom-cache",
+    }
 
 
 async def http_status(port: int, path: str, timeout: float = 3.0) -> int | None:

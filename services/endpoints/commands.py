@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from services.endpoints.domain import Endpoint, InstanceTypes, event_after
+from datetime import timedelta
+
+from services.endpoints.domain import Endpoint, InstanceTypes, bounds, event_after
 from services.endpoints.store import EndpointStore, InstanceStore
 from shared.contracts import endpoints
 from shared.errors import Rejected
@@ -14,14 +16,23 @@ async def create_endpoint(cmd: endpoints.CreateEndpoint, tx: Tx, *, types: Insta
     await store.lock_names()
     if await store.list_named([cmd.endpoint_name]):
         raise Rejected("endpoints.name_taken", endpoint_name=cmd.endpoint_name)
-    types.check_quota(cmd.instance_type, cmd.initial_instance_count, await store.list_unreleased())
+    least, most = bounds(
+        cmd.endpoint_type,
+        initial=cmd.initial_instance_count,
+        autoscaling=cmd.autoscaling,
+        least=cmd.min_instance_number,
+        most=cmd.max_instance_number,
+    )
+    types.check_quota(cmd.instance_type, most, await store.list_unreleased())
     endpoint = Endpoint(
         endpoint_id=cmd.endpoint_id,
         endpoint_name=cmd.endpoint_name,
         endpoint_type=cmd.endpoint_type,
         instance_type=cmd.instance_type,
         autoscaling=cmd.autoscaling,
-        max_instance_number=cmd.initial_instance_count,
+        min_instance_number=least,
+        max_instance_number=most,
+        scaled_to=cmd.initial_instance_count,
         roles=cmd.roles,
         creator=cmd.creator,
         start_time=tx.now,
@@ -30,14 +41,15 @@ async def create_endpoint(cmd: endpoints.CreateEndpoint, tx: Tx, *, types: Insta
     tx.emit(endpoints.EndpointCreated.of(endpoint))
 
 
-async def delete_endpoints(cmd: endpoints.DeleteEndpoints, tx: Tx) -> None:
-    """The name is free at once. Workers and queue are given back by the reconciler."""
+async def delete_endpoints(cmd: endpoints.DeleteEndpoints, tx: Tx, *, drain: timedelta) -> None:
+    """The name is free at once. Workers have `drain` to finish the jobs that they have begun; they
+    and the queue are given back by the reconciler."""
     store, instances = EndpointStore(tx.conn), InstanceStore(tx.conn)
     for endpoint in await store.list_named(cmd.endpoint_names):
-        deleted = endpoint.delete()
-        await instances.remove_all_of(endpoint.endpoint_id)
-        await store.save(deleted)
-        tx.emit(endpoints.EndpointDeleted.of(deleted))
+        deleting = endpoint.delete()
+        await instances.retire_all_of(endpoint.endpoint_id, tx.now + drain)
+        await store.save(deleting)
+        tx.emit(endpoints.EndpointChanged.of(deleting))
 
 
 async def report_instance(cmd: endpoints.ReportInstance, tx: Tx) -> None:

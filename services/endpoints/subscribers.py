@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -13,11 +14,11 @@ from shared.contracts import endpoints
 from shared.unit_of_work import Handler, Tx
 
 
-def handlers(types: InstanceTypes, wake: Callable[[], None]) -> Handlers:
+def handlers(types: InstanceTypes, drain: timedelta, wake: Callable[[], None]) -> Handlers:
     """`wake` calls the reconciler after each command that may have left it something to do."""
     return {
         endpoints.CreateEndpoint: _then(partial(commands.create_endpoint, types=types), wake),
-        endpoints.DeleteEndpoints: _then(commands.delete_endpoints, wake),
+        endpoints.DeleteEndpoints: _then(partial(commands.delete_endpoints, drain=drain), wake),
         endpoints.ReportInstance: _then(commands.report_instance, wake),
         endpoints.ResyncEndpoints: commands.resync,
     }

@@ -135,6 +135,7 @@ async def _open(gateway: Gateway) -> None:
         gateway.projector.listeners.append(gateway.dispatcher.on_events)
         gateway.hub = Hub(gateway.projector, js)
         await gateway.hub.follow_progress(client)
+        await gateway.pulses.follow(client)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(gateway.projector.run())
             tasks.create_task(gateway.dispatcher.forget_old_keys())

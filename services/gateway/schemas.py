@@ -280,7 +280,9 @@ class ListedCheckpoints(Struct, frozen=True, kw_only=True):
 
 
 class CreateEndpointBody(Struct, frozen=True, kw_only=True):
-    """`creator` is ignored: the creator is who asks."""
+    """`creator` is ignored: the creator is who asks. With `autoscaling_enabled` the number of
+    instances follows the jobs that wait, between `min_instance_number` (by default 0 for Async, 1
+    for Real-time) and `max_instance_number` (by default `initial_instance_count`)."""
 
     endpoint_type: InferenceType
     instance_type: Annotated[str, Meta(min_length=1, max_length=64)]
@@ -317,6 +319,28 @@ class EndpointView(Struct, frozen=True, kw_only=True):
     error: str | None
     endpoint_type: str
     owner_group_or_role: list[str]
+
+
+class InstanceView(Struct, frozen=True, kw_only=True):
+    """What a worker said of itself a moment ago. `memory`: bytes taken of its device, of
+    `memory_total`; on a CPU by its engine, of the machine's. `models`: what it has loaded. `jobs`:
+    what it is doing."""
+
+    instance_id: str
+    device: str
+    device_name: str
+    memory: int
+    memory_total: int
+    models: list[str]
+    jobs: list[str]
+
+
+class EndpointDetails(Struct, frozen=True, kw_only=True):
+    """`instances`: those that are ready or finish their last jobs."""
+
+    endpoint: EndpointView
+    min_instance_number: str
+    instances: list[InstanceView]
 
 
 class Endpoints(Struct, frozen=True, kw_only=True):

@@ -13,6 +13,7 @@ from services.gateway.dispatch import Dispatcher, Ticket, make_ticket
 from services.gateway.errors import ApiError, Unavailable
 from services.gateway.events import Hub
 from services.gateway.projections import Directory, Projector
+from services.gateway.pulses import Pulses
 from services.gateway.settings import Settings
 from services.gateway.views import Views
 from shared.objects import Objects
@@ -32,6 +33,7 @@ class Gateway:
             compat=settings.esd_compat,
         )
         self.objects = Objects(object_settings)
+        self.pulses = Pulses()
         self.ready = False
         self.pool: asyncpg.Pool[Any]
         self.views: Views

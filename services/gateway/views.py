@@ -10,7 +10,7 @@ import msgspec
 
 from services.gateway import schemas
 from services.gateway.auth import EVERYONE, Person
-from shared.contracts.endpoints import Endpoint
+from shared.contracts.endpoints import Endpoint, InstanceBeat
 from shared.contracts.identity import Role, Token, User
 from shared.contracts.inference import Job, UsedModel
 from shared.contracts.models import Checkpoint, CheckpointFile
@@ -278,6 +278,18 @@ def endpoint_view(endpoint: Endpoint) -> schemas.EndpointView:
         error=endpoint.error,
         endpoint_type=endpoint.endpoint_type,
         owner_group_or_role=endpoint.roles,
+    )
+
+
+def instance_view(beat: InstanceBeat) -> schemas.InstanceView:
+    return schemas.InstanceView(
+        instance_id=beat.instance_id,
+        device=beat.device,
+        device_name=beat.device_name,
+        memory=beat.memory,
+        memory_total=beat.memory_total,
+        models=beat.models,
+        jobs=beat.jobs,
     )
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Awaitable, Callable
 from functools import partial
 
-from services.inference.commands import remove_leftovers
+from services.inference.commands import move_job, remove_leftovers
 from services.inference.settings import Settings
+from services.inference.store import JobStore
 from services.inference.subscribers import commands_with, reactions_with
 from shared.contracts.subjects import JOBS, run_job_subject
 from shared.logs import get_logger
@@ -21,30 +23,47 @@ log = get_logger(__name__)
 def build(settings: Settings, object_settings: ObjectSettings) -> Service:
     objects = Objects(object_settings)
     left = asyncio.Event()
+    ended = asyncio.Event()
 
     async def empty_queue(endpoint_id: str) -> None:
         try:
             await service.js.purge_stream(JOBS, subject=run_job_subject(endpoint_id))
-        except Exception as error:  # its jobs have failed already; a worker would do them in vain
+        except Exception as error:  # its jobs are elsewhere; a worker would see that
             log.warning("queue_not_emptied", endpoint_id=endpoint_id, error=repr(error))
 
     async def remove_what_was_left(service: Service) -> None:
-        while True:
-            left.clear()
-            try:
-                await service.work.run(partial(remove_leftovers, objects=objects))
-            except Exception as error:
-                log.warning("leftovers_postponed", error=repr(error))
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(left.wait(), settings.leftovers_seconds)
+        await service.work.run(partial(remove_leftovers, objects=objects))
+
+    async def move_what_was_left(service: Service) -> None:
+        while job_ids := await JobStore(service.pool).list_left():
+            for job_id in job_ids:
+                await service.work.run(partial(move_job, job_id))
+
+    async def look_after(service: Service) -> None:
+        async with asyncio.TaskGroup() as group:
+            every = settings.leftovers_seconds
+            group.create_task(_repeat(partial(remove_what_was_left, service), left, every))
+            group.create_task(_repeat(partial(move_what_was_left, service), ended, every))
 
     service = Service(
         "inference",
         settings,
         commands=commands_with(objects, left.set),
-        reactions=reactions_with(empty_queue),
+        reactions=reactions_with(empty_queue, ended.set),
         checks={"s3": objects.check},
-        background=remove_what_was_left,
+        background=look_after,
         resources=[objects.open()],
     )
     return service
+
+
+async def _repeat(work: Callable[[], Awaitable[None]], woken: asyncio.Event, every: float) -> None:
+    """Until cancelled. What goes wrong is tried again the next time."""
+    while True:
+        woken.clear()
+        try:
+            await work()
+        except Exception as error:
+            log.warning("upkeep_postponed", error=repr(error))
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(woken.wait(), every)

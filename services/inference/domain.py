@@ -15,6 +15,17 @@ from shared.errors import Rejected
 
 CREATED, INPROGRESS, SUCCEED, FAILED = "created", "inprogress", "succeed", "failed"
 
+START_SECONDS = 30.0
+"""What an endpoint is thought to need for its first instance when it has none."""
+
+
+class Starter(msgspec.Struct, frozen=True, kw_only=True):
+    """Who started a job, and with which rights."""
+
+    username: str
+    roles: list[str] = []
+    administrator: bool = False
+
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     job_id: str
@@ -29,6 +40,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     endpoint_id: str | None = None
     endpoint_name: str | None = None
     instance_type: str | None = None
+    starter: Starter | None = None
     started_at: datetime | None = None
     completed_at: datetime | None = None
     attempt: int = 0
@@ -67,14 +79,25 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         if self.status not in (CREATED, INPROGRESS) and not self.cancelled:
             raise Rejected("inference.not_cancellable", job_id=self.job_id, status=self.status)
 
-    def start(self, endpoint: Endpoint, *, now: datetime) -> Job:
+    def start(self, endpoint: Endpoint, starter: Starter, *, now: datetime) -> Job:
         return replace(
             self,
             status=INPROGRESS,
+            starter=starter,
             endpoint_id=endpoint.endpoint_id,
             endpoint_name=endpoint.endpoint_name,
             instance_type=endpoint.instance_type,
             started_at=now,
+            version=self.version + 1,
+        )
+
+    def move(self, endpoint: Endpoint) -> Job:
+        """To the queue of another endpoint; its attempts count on."""
+        return replace(
+            self,
+            endpoint_id=endpoint.endpoint_id,
+            endpoint_name=endpoint.endpoint_name,
+            instance_type=endpoint.instance_type,
             version=self.version + 1,
         )
 
@@ -180,6 +203,8 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     endpoint_status: str
     current_instance_count: int
     error: str | None
+    roles: list[str] = []
+    creator: str = ""
     version: int
     deleted: bool
 
@@ -190,27 +215,67 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
             and self.endpoint_type == inference_type
         )
 
+    def may_be_used_by(self, starter: Starter) -> bool:
+        return (
+            starter.administrator
+            or starter.username == self.creator
+            or not set(starter.roles).isdisjoint(self.roles)
+        )
+
     @property
     def end(self) -> str | None:
         """Why its jobs can't be done any more; None while they can."""
-        if self.deleted:
+        if self.deleted or self.endpoint_status in ("Deleting", "Deleted"):
             return f'endpoint "{self.endpoint_name}" was deleted'
         if self.endpoint_status == "Failed":
             cause = f": {self.error}" if self.error else ""
             return f'endpoint "{self.endpoint_name}" failed{cause}'
         return None
 
+    def has_left(self, job: Job) -> bool:
+        """Whether none of its workers does the job any more: while it is being deleted they finish
+        what they have begun."""
+        finishing = self.endpoint_status == "Deleting" and not self.deleted
+        return self.end is not None and not (finishing and job.attempt)
+
 
 def choose_endpoint(
-    endpoints: Iterable[Endpoint], inference_type: str, unfinished: Mapping[str, int]
+    endpoints: Iterable[Endpoint],
+    inference_type: str,
+    starter: Starter,
+    unfinished: Mapping[str, int],
+    paces: Mapping[str, float],
 ) -> Endpoint | None:
-    """The one with the fewest unfinished jobs per instance; by name where that is equal."""
-    return min(
-        (endpoint for endpoint in endpoints if endpoint.serves(inference_type)),
-        key=lambda endpoint: (
+    """The one with the shortest expected wait, then the fastest, then by name.
+
+    `unfinished`: jobs that an endpoint has; `paces`: seconds of one instance that a job takes on
+    it, where that has been measured."""
+    usual = sum(paces.values()) / len(paces) if paces else 1.0
+
+    def preference(endpoint: Endpoint) -> tuple[int, float, float, str]:
+        pace = paces.get(endpoint.endpoint_id, usual)
+        ready = endpoint.current_instance_count
+        wait = unfinished.get(endpoint.endpoint_id, 0) * pace / max(1, ready)
+        return (
             SERVING.index(endpoint.endpoint_status),
-            unfinished.get(endpoint.endpoint_id, 0) / max(1, endpoint.current_instance_count),
+            wait if ready else wait + START_SECONDS,
+            pace,
             endpoint.endpoint_name,
-        ),
-        default=None,
+        )
+
+    usable = (
+        endpoint
+        for endpoint in endpoints
+        if endpoint.serves(inference_type) and endpoint.may_be_used_by(starter)
     )
+    return min(usable, key=preference, default=None)
+
+
+def busy_seconds(
+    job: Job, *, last_end: datetime | None, busy: int, worked: float, now: datetime
+) -> float:
+    """Seconds of one instance that a job took which ends `now`. Jobs that wait are done without a
+    pause, so that is the time since the one before, times the instances that were `busy`; it is not
+    more than the time in the hands of its worker, `worked`, in which several may have been."""
+    began = max(filter(None, (job.started_at, last_end)), default=now)
+    return min(max(0.0, (now - began).total_seconds()) * busy, worked)

@@ -1,17 +1,15 @@
-"""What the ledger does when other services speak: keeps what it must know of them, and ends the
-jobs of an endpoint that has ended."""
+"""What the ledger does when other services speak: keeps what it must know of them, and lets go of
+the queue of an endpoint that has ended."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from functools import partial
 
-from services.inference.store import CheckpointStore, EndpointStore, JobStore
-from shared.contracts import endpoints, inference, models
-from shared.logs import get_logger
+from services.inference.commands import Wake
+from services.inference.domain import Endpoint
+from services.inference.store import CheckpointStore, EndpointStore
+from shared.contracts import endpoints, models
 from shared.unit_of_work import Tx
-
-log = get_logger(__name__)
 
 EmptyQueue = Callable[[str], Awaitable[None]]
 """Removes the waiting jobs of an endpoint from the bus."""
@@ -21,16 +19,23 @@ async def on_checkpoint_event(event: models.Checkpoint, tx: Tx) -> None:
     await CheckpointStore(tx.conn).merge([event])
 
 
-async def on_endpoint_event(event: endpoints.Endpoint, tx: Tx, *, empty_queue: EmptyQueue) -> None:
-    """Its jobs fail at once when an endpoint ends; a worker that still finishes one is ignored."""
-    store, jobs = EndpointStore(tx.conn), JobStore(tx.conn)
+async def on_endpoint_event(
+    event: endpoints.Endpoint, tx: Tx, *, empty_queue: EmptyQueue, wake: Wake
+) -> None:
+    """What jobs an ended endpoint has left is looked after once this is known (`move_job`): that
+    locks a job before an endpoint, as starting one does."""
+    store = EndpointStore(tx.conn)
     await store.merge([event])
     (endpoint,) = await store.list_held([event.endpoint_id])
-    if endpoint.end is None:
-        return
-    for job in await jobs.list_unfinished(endpoint.endpoint_id):
-        failed = job.fail(endpoint.end, now=tx.now)
-        await jobs.save(failed)
-        tx.emit(inference.JobFailed.of(failed))
-        log.info("job_failed_with_endpoint", job_id=job.job_id, reason=endpoint.end)
-    tx.after_commit.append(partial(empty_queue, endpoint.endpoint_id))
+
+    async def after_commit() -> None:
+        wake()
+        if _has_no_workers(endpoint):
+            await empty_queue(endpoint.endpoint_id)
+
+    if endpoint.end is not None:
+        tx.after_commit.append(after_commit)
+
+
+def _has_no_workers(endpoint: Endpoint) -> bool:
+    return endpoint.deleted or endpoint.endpoint_status == "Failed"

@@ -4,6 +4,7 @@ on one job come close together, and are applied one after the other."""
 from __future__ import annotations
 
 from collections.abc import Iterable
+from datetime import datetime
 from typing import Any, TypeVar
 
 import msgspec
@@ -24,9 +25,9 @@ class JobStore:
         row = await self._conn.fetchrow(
             """
             SELECT job_id, owner, inference_type, task_type, status, models, bucket, params_key,
-                   endpoint_id, endpoint_name, instance_type, created_at, started_at, completed_at,
-                   attempt, image_names, info_name, reason, seconds, warnings, cancelled, version,
-                   deleted
+                   endpoint_id, endpoint_name, instance_type, starter, created_at, started_at,
+                   completed_at, attempt, image_names, info_name, reason, seconds, warnings,
+                   cancelled, version, deleted
             FROM jobs WHERE job_id = $1 FOR UPDATE
             """,
             job_id,
@@ -37,28 +38,26 @@ class JobStore:
         rows = await self._conn.fetch(
             """
             SELECT job_id, owner, inference_type, task_type, status, models, bucket, params_key,
-                   endpoint_id, endpoint_name, instance_type, created_at, started_at, completed_at,
-                   attempt, image_names, info_name, reason, seconds, warnings, cancelled, version,
-                   deleted
+                   endpoint_id, endpoint_name, instance_type, starter, created_at, started_at,
+                   completed_at, attempt, image_names, info_name, reason, seconds, warnings,
+                   cancelled, version, deleted
             FROM jobs ORDER BY created_at, job_id
             """
         )
         return [msgspec.convert(dict(row), Job) for row in rows]
 
-    async def list_unfinished(self, endpoint_id: str) -> list[Job]:
-        """Those that wait for, or are run by, the workers of an endpoint. Locks the rows."""
+    async def list_left(self) -> list[str]:
+        """Ids of some that no worker of their endpoint does any more: see `Endpoint.has_left`."""
         rows = await self._conn.fetch(
             """
-            SELECT job_id, owner, inference_type, task_type, status, models, bucket, params_key,
-                   endpoint_id, endpoint_name, instance_type, created_at, started_at, completed_at,
-                   attempt, image_names, info_name, reason, seconds, warnings, cancelled, version,
-                   deleted
-            FROM jobs WHERE endpoint_id = $1 AND status = 'inprogress' AND NOT deleted
-            ORDER BY job_id FOR UPDATE
-            """,
-            endpoint_id,
+            SELECT job_id FROM jobs JOIN endpoints USING (endpoint_id)
+            WHERE jobs.status = 'inprogress' AND NOT jobs.deleted
+                AND (endpoints.deleted OR endpoint_status IN ('Failed', 'Deleted')
+                    OR (endpoint_status = 'Deleting' AND attempt = 0))
+            ORDER BY jobs.started_at, job_id LIMIT 100
+            """
         )
-        return [msgspec.convert(dict(row), Job) for row in rows]
+        return [row["job_id"] for row in rows]
 
     async def count_unfinished(self, endpoint_ids: list[str]) -> dict[str, int]:
         rows = await self._conn.fetch(
@@ -101,14 +100,14 @@ class JobStore:
         )
 
     async def save(self, job: Job) -> None:
-        """Writes what can change of a job that `find` or `list_unfinished` has locked."""
+        """Writes what can change of a job that `find` has locked."""
         await self._conn.execute(
             """
             UPDATE jobs SET
                 status = $2, endpoint_id = $3, endpoint_name = $4, instance_type = $5,
                 started_at = $6, completed_at = $7, attempt = $8, image_names = $9,
                 info_name = $10, reason = $11, seconds = $12, warnings = $13, cancelled = $14,
-                version = $15, deleted = $16
+                version = $15, deleted = $16, starter = $17
             WHERE job_id = $1
             """,
             job.job_id,
@@ -127,6 +126,41 @@ class JobStore:
             job.cancelled,
             job.version,
             job.deleted,
+            job.starter,
+        )
+
+
+class PaceStore:
+    def __init__(self, conn: Any) -> None:
+        self._conn = conn
+
+    async def list_of(self, endpoint_ids: list[str]) -> dict[str, float]:
+        """Seconds per job, by endpoint, where it has been measured."""
+        rows = await self._conn.fetch(
+            "SELECT endpoint_id, seconds_per_job FROM paces WHERE endpoint_id = ANY($1::text[])",
+            endpoint_ids,
+        )
+        return {row["endpoint_id"]: row["seconds_per_job"] for row in rows}
+
+    async def find_last_end(self, endpoint_id: str) -> datetime | None:
+        """Of a job of that endpoint. Locks the row."""
+        last: datetime | None = await self._conn.fetchval(
+            "SELECT last_end FROM paces WHERE endpoint_id = $1 FOR UPDATE", endpoint_id
+        )
+        return last
+
+    async def note(self, endpoint_id: str, seconds: float, ended_at: datetime) -> None:
+        """A fifth of the newest measurement: it follows a change within some jobs."""
+        await self._conn.execute(
+            """
+            INSERT INTO paces (endpoint_id, seconds_per_job, last_end) VALUES ($1, $2, $3)
+            ON CONFLICT (endpoint_id) DO UPDATE SET
+                seconds_per_job = 0.8 * paces.seconds_per_job + 0.2 * excluded.seconds_per_job,
+                last_end = greatest(paces.last_end, excluded.last_end)
+            """,
+            endpoint_id,
+            seconds,
+            ended_at,
         )
 
 
@@ -211,13 +245,13 @@ class EndpointStore:
             """
             INSERT INTO endpoints
                 (endpoint_id, endpoint_name, endpoint_type, instance_type, endpoint_status,
-                 current_instance_count, error, version, deleted)
+                 current_instance_count, error, roles, creator, version, deleted)
             SELECT endpoint_id, endpoint_name, endpoint_type, instance_type, endpoint_status,
-                   current_instance_count, error, version, deleted
+                   current_instance_count, error, roles, creator, version, deleted
             FROM jsonb_to_recordset($1::jsonb) AS given
                 (endpoint_id text, endpoint_name text, endpoint_type text, instance_type text,
-                 endpoint_status text, current_instance_count integer, error text,
-                 version integer, deleted boolean)
+                 endpoint_status text, current_instance_count integer, error text, roles text[],
+                 creator text, version integer, deleted boolean)
             WHERE NOT EXISTS (
                 SELECT FROM endpoints AS known
                 WHERE known.endpoint_id = given.endpoint_id AND known.version >= given.version
@@ -226,6 +260,7 @@ class EndpointStore:
                 endpoint_name = excluded.endpoint_name, endpoint_type = excluded.endpoint_type,
                 instance_type = excluded.instance_type, endpoint_status = excluded.endpoint_status,
                 current_instance_count = excluded.current_instance_count, error = excluded.error,
+                roles = excluded.roles, creator = excluded.creator,
                 version = excluded.version, deleted = excluded.deleted
             WHERE endpoints.version < excluded.version
             """,
@@ -233,17 +268,32 @@ class EndpointStore:
         )
 
     async def list_held(self, endpoint_ids: list[str]) -> list[Endpoint]:
-        """Holds the rows: none of them ends while a job is being started on it, so the end of an
-        endpoint sees every job that it has to fail."""
+        """Holds the rows: none of them ends while a job is being started on it, so who looks after
+        the end of an endpoint sees every job that it has left."""
         rows = await self._conn.fetch(
             """
             SELECT endpoint_id, endpoint_name, endpoint_type, instance_type, endpoint_status,
-                   current_instance_count, error, version, deleted
+                   current_instance_count, error, roles, creator, version, deleted
             FROM endpoints WHERE endpoint_id = ANY($1::text[]) ORDER BY endpoint_id FOR SHARE
             """,
             endpoint_ids,
         )
         return [Endpoint(**dict(row)) for row in rows]
+
+    async def count_ready(self, endpoint_id: str) -> int:
+        """Its instances, as far as is known here. Locks nothing."""
+        count: int | None = await self._conn.fetchval(
+            "SELECT current_instance_count FROM endpoints WHERE endpoint_id = $1", endpoint_id
+        )
+        return count or 0
+
+    async def list_ids(self, endpoint_type: str) -> list[str]:
+        """Of those that have not ended. Locks none: hold them all together, and look again."""
+        rows = await self._conn.fetch(
+            "SELECT endpoint_id FROM endpoints WHERE endpoint_type = $1 AND NOT deleted",
+            endpoint_type,
+        )
+        return [row["endpoint_id"] for row in rows]
 
 
 def _newest(states: Iterable[S], key: str) -> list[S]:

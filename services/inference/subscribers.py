@@ -25,8 +25,8 @@ def commands_with(objects: Objects, wake: Wake) -> Handlers:
     }
 
 
-def reactions_with(empty_queue: EmptyQueue) -> Handlers:
-    on_endpoint_event = partial(reactions.on_endpoint_event, empty_queue=empty_queue)
+def reactions_with(empty_queue: EmptyQueue, wake: Wake) -> Handlers:
+    on_endpoint_event = partial(reactions.on_endpoint_event, empty_queue=empty_queue, wake=wake)
     return {
         models.CheckpointCreated: reactions.on_checkpoint_event,
         models.CheckpointActivated: reactions.on_checkpoint_event,

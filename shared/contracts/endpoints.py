@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from shared.contracts.envelope import Command, State
+from shared.contracts.envelope import Command, Message, State
 
 OWNER = "endpoints"
 
 SERVING = ("InService", "Updating")
-"""Takes jobs: some instance is ready, or is about to be again; the better first."""
+"""Takes jobs: some instance is ready, or one is started for the next job, or is about to be ready;
+the better first."""
 
 REJECTIONS = {
     "endpoints.name_taken": 'Cannot create already existing model "{endpoint_name}"',
@@ -25,6 +26,10 @@ REJECTIONS = {
 
 
 class CreateEndpoint(Command, frozen=True, kw_only=True):
+    """`autoscaling`: between `min_instance_number` (0 for Async, 1 for Real-time if it is not said)
+    and `max_instance_number` (`initial_instance_count` if it is not said). Without it the count
+    stays as it is."""
+
     endpoint_id: str
     endpoint_name: str
     endpoint_type: str
@@ -33,10 +38,13 @@ class CreateEndpoint(Command, frozen=True, kw_only=True):
     autoscaling: bool
     roles: list[str]
     creator: str
+    min_instance_number: int | None = None
+    max_instance_number: int | None = None
 
 
 class DeleteEndpoints(Command, frozen=True, kw_only=True):
-    """Names that do not exist are ignored: deleting twice is no error."""
+    """Names that do not exist are ignored: deleting twice is no error. The name is free at once;
+    the endpoint is `Deleting` until its workers have finished what they have begun."""
 
     endpoint_names: list[str]
 
@@ -52,12 +60,28 @@ class ReportInstance(Command, frozen=True, kw_only=True):
     error: str | None = None
 
 
+class InstanceBeat(Message, frozen=True, kw_only=True):
+    """Telemetry on core NATS, never stored: a worker lives, and how. `memory`: bytes that are taken
+    of its device, of `memory_total`; on a CPU by its engine, of the machine's. `models`: names of
+    what is loaded. `jobs`: ids of what it has begun. Emitter: worker."""
+
+    endpoint_id: str
+    instance_id: str
+    device: str
+    device_name: str = ""
+    memory: int = 0
+    memory_total: int = 0
+    models: list[str] = []
+    jobs: list[str] = []
+
+
 class ResyncEndpoints(Command, frozen=True, kw_only=True):
     """Asks for the current state of every aggregate, once more, as `…_synced` events."""
 
 
 class Endpoint(State, frozen=True, kw_only=True):
-    """`endpoint_status`: Creating, InService, Updating, Deleting, Failed (with `error`)."""
+    """`endpoint_status`: Creating, InService, Updating, Deleting, Deleted, Failed (with `error`).
+    `current_instance_count`: of instances that are ready for a job."""
 
     endpoint_id: str
     endpoint_name: str
@@ -72,6 +96,7 @@ class Endpoint(State, frozen=True, kw_only=True):
     start_time: datetime
     end_time: datetime | None
     error: str | None = None
+    min_instance_number: int = 1
 
 
 class EndpointCreated(Endpoint, frozen=True, kw_only=True): ...

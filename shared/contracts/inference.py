@@ -57,11 +57,15 @@ class CreateJob(Command, frozen=True, kw_only=True):
 
 
 class StartJob(Command, frozen=True, kw_only=True):
-    """`endpoints`: those in service that the owner may use, as the caller saw them."""
+    """`endpoints`: those in service that the user may use, as the caller saw them. `roles` and
+    `administrator` say the same of endpoints that come later: the job may move to one of those when
+    its own ends."""
 
     job_id: str
     username: str
     endpoints: list[Endpoint]
+    roles: list[str] = []
+    administrator: bool = False
 
 
 class CancelJob(Command, frozen=True, kw_only=True):
@@ -85,6 +89,7 @@ class ReportJobStarted(Command, frozen=True, kw_only=True):
     job_id: str
     instance_id: str
     attempt: int
+    endpoint_id: str = ""
 
 
 class ReportJobSucceeded(Command, frozen=True, kw_only=True):
@@ -97,6 +102,7 @@ class ReportJobSucceeded(Command, frozen=True, kw_only=True):
     info_name: str
     seconds: dict[str, float] = {}
     warnings: list[str] = []
+    endpoint_id: str = ""
 
 
 class ReportJobFailed(Command, frozen=True, kw_only=True):
@@ -104,6 +110,7 @@ class ReportJobFailed(Command, frozen=True, kw_only=True):
     instance_id: str
     attempt: int
     reason: str
+    endpoint_id: str = ""
 
 
 class ResyncInference(Command, frozen=True, kw_only=True):
@@ -146,6 +153,10 @@ class JobStarted(Job, frozen=True, kw_only=True): ...
 class JobTaken(Job, frozen=True, kw_only=True): ...
 
 
+class JobMoved(Job, frozen=True, kw_only=True):
+    """Its endpoint has ended before it was done; another one has it now."""
+
+
 class JobSucceeded(Job, frozen=True, kw_only=True): ...
 
 
@@ -162,7 +173,8 @@ class JobSynced(Job, frozen=True, kw_only=True): ...
 
 
 class RunJob(Message, frozen=True, kw_only=True):
-    """Work for one worker, on the work queue of the endpoint. Emitter: inference."""
+    """Work for one worker, on the work queue of the endpoint. `version`: of the job as this was
+    said; what a later one says of it holds. Emitter: inference."""
 
     job_id: str
     endpoint_id: str
@@ -171,6 +183,7 @@ class RunJob(Message, frozen=True, kw_only=True):
     bucket: str
     params_key: str
     result_prefix: str
+    version: int = 0
 
 
 class JobProgress(Message, frozen=True, kw_only=True):

@@ -6,6 +6,7 @@
     jobs.<endpoint id>                  JOBS       work queue, one durable consumer per endpoint
     dead.<owner>                        DEAD       what could not be handled, with the reason
     progress.<job or checkpoint id>     core NATS  steps, previews, bytes; never stored
+    beats.<instance id>                 core NATS  how a worker is, every BEAT seconds; never stored
 
 This is the one place that declares streams; `deploy/` applies it and services only bind.
 """
@@ -35,6 +36,8 @@ wait that a killed service had in hand, which is less than callers wait."""
 JOB_ACK_WAIT = 6.0
 """Seconds without a heartbeat after which a job goes to another worker."""
 JOB_HEARTBEAT = 1.5
+BEAT = 2.0
+"""Seconds between two words of a worker about itself."""
 
 STREAMS: list[StreamConfig] = [
     StreamConfig(
@@ -178,6 +181,11 @@ def progress_subject(id_: str) -> str:
     return f"progress.{_token(id_)}"
 
 
+def beat_subject(instance_id: str) -> str:
+    """`*` stands for all of them."""
+    return "beats.*" if instance_id == "*" else f"beats.{_token(instance_id)}"
+
+
 def dead_subject(owner: str) -> str:
     return f"dead.{owner}"
 
@@ -208,11 +216,11 @@ def _pull(stream: str, durable: str) -> list[str]:
     ]
 
 
-def _service(name: str, *more: str) -> Permissions:
+def _service(name: str, *more: str, hears: tuple[str, ...] = ()) -> Permissions:
     publish = [f"evt.{name}.>", dead_subject(name), *_pull(COMMANDS, name)]
     if name in REACTS_TO:
         publish += _pull(EVENTS, name)
-    return Permissions([*publish, *more], [f"_INBOX_{name}.>"])
+    return Permissions([*publish, *more], [f"_INBOX_{name}.>", *hears])
 
 
 _JOB_EVENTS = "evt.inference.job.*"
@@ -236,7 +244,7 @@ PERMISSIONS: dict[str, Permissions] = {
             f"$JS.API.DIRECT.GET.{EVENTS}.>",
             "$JS.FC.>",
         ],
-        ["_INBOX_gateway.>", "progress.*"],
+        ["_INBOX_gateway.>", "progress.*", "beats.*"],
     ),
     "identity": _service("identity"),
     "models": _service("models", "progress.*"),
@@ -246,12 +254,14 @@ PERMISSIONS: dict[str, Permissions] = {
         f"$JS.API.CONSUMER.DURABLE.CREATE.{JOBS}.>",
         f"$JS.API.CONSUMER.INFO.{JOBS}.>",
         f"$JS.API.CONSUMER.DELETE.{JOBS}.>",
+        hears=("beats.*",),
     ),
     "inference": _service("inference", "jobs.*", f"$JS.API.STREAM.PURGE.{JOBS}"),
     "worker": Permissions(
         [
             *_WORKER_SUBJECTS,
             "progress.*",
+            "beats.*",
             *_pull(JOBS, "*"),
             # Whether its job is still wanted: get_last_msg(EVENTS, job_events_subject(…), direct)
             f"$JS.API.DIRECT.GET.{EVENTS}.{_JOB_EVENTS}",

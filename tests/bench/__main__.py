@@ -15,17 +15,23 @@ import psutil
 from deploy.local.client import Client
 from deploy.local.demo import CHECKPOINT
 from deploy.local.stack import Stack
-from tests.bench import http, jobs
+from tests.bench import endpoints, http, jobs
 from tests.bench.report import Row, print_table
 
 THREADS = 1
-NAMES = ("jobs", "memory", "http")
+NAMES = ("jobs", "memory", "http", "endpoints")
 
 
 def main() -> None:
     wanted = sys.argv[1:] or NAMES
     if unknown := set(wanted) - set(NAMES):
         raise SystemExit(f"just bench [{' '.join(NAMES)}]; got {', '.join(unknown)}")
+    if "endpoints" in wanted:
+        with stack_with(scale_in_after=1, instances=0) as (_, client):
+            rows = endpoints.starting(client) + endpoints.waking(client)
+            print_table("Endpoints", "importing torch", rows)
+    if set(wanted) == {"endpoints"}:
+        return
     with jobs.bare_pipeline(THREADS) as bare:
         if "jobs" in wanted:
             with stack_with(jobs_in_hand=1) as (_, client):
@@ -47,8 +53,8 @@ def main() -> None:
 
 
 @contextmanager
-def stack_with(**settings: object) -> Iterator[tuple[Stack, Client]]:
-    """A stack with one worker and the demo checkpoint."""
+def stack_with(*, instances: int = 1, **settings: object) -> Iterator[tuple[Stack, Client]]:
+    """A stack with the demo checkpoint, and an endpoint unless it has no instances."""
     told = {f"DARKROOM_{name.upper()}": str(value) for name, value in settings.items()}
     told["DARKROOM_WORKER_THREADS"] = str(THREADS)
     with Stack.temporary(settings=told) as stack:
@@ -60,9 +66,10 @@ def stack_with(**settings: object) -> Iterator[tuple[Stack, Client]]:
             known["DARKROOM_ADMIN_PASSWORD"],
         )
         client.upload_checkpoint("Stable-diffusion", CHECKPOINT)
-        client.create_endpoint("bench")
-        client.wait_for_endpoint("bench")
-        client.run_job("txt2img", jobs.MODELS, {"prompt": "x", "steps": 1, "width": 64})
+        if instances:
+            client.create_endpoint("bench", count=instances)
+            client.wait_for_endpoint("bench")
+            client.run_job("txt2img", jobs.MODELS, {"prompt": "x", "steps": 1, "width": 64})
         yield stack, client
 
 

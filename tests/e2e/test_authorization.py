@@ -66,6 +66,7 @@ ROUTES: dict[str, Route] = {
         "DELETE", "/checkpoints", "checkpoint:all", {"checkpoint_id_list": [NOTHING]}
     ),
     "ListEndpoints": Route("GET", "/endpoints", "sagemaker_endpoint:list"),
+    "GetEndpoint": Route("GET", f"/endpoints/{NOTHING}", "sagemaker_endpoint:list"),
     "CreateEndpoint": Route(
         "POST",
         "/endpoints",

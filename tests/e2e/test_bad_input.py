@@ -403,6 +403,10 @@ def test_checkpoints_that_can_not_be_are_refused(api: StrictClient, change: Body
         {"instance_type": "quantum"},
         {"assign_to_roles": []},
         {"endpoint_type": "Batch"},
+        {"autoscaling_enabled": True, "max_instance_number": "999"},
+        {"autoscaling_enabled": True, "initial_instance_count": "2", "max_instance_number": 1},
+        {"autoscaling_enabled": True, "min_instance_number": 2},
+        {"autoscaling_enabled": True, "min_instance_number": "0", "endpoint_type": "Real-time"},
     ],
     ids=str,
 )

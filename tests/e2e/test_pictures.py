@@ -343,25 +343,3 @@ def test_a_lora_from_the_registry_changes_the_picture(artist: Client, tmp_path: 
     failed = artist.run_job("txt2img", MODEL, body, seconds=30)
     assert failed["status"] == "failed"
     assert 'Name it in models: {"Lora": ["bright"]}' in failed["error"]
-
-
-def test_jobs_of_a_deleted_endpoint_fail_with_a_reason(artist: Client) -> None:
-    artist.create_endpoint("short-lived")
-    artist.wait_for_endpoint("short-lived")
-    # The least busy pool gets the next job: two slow ones reach the new pool as well.
-    jobs = []
-    for _ in range(3):
-        job_id = artist.create_job("txt2img", MODEL, params("a ring", steps=100, n_iter=4))
-        artist.start_job(job_id)
-        jobs.append(job_id)
-    placed = {id_: artist.get_job(id_)["params"] for id_ in jobs}
-    there = [
-        id_ for id_, p in placed.items() if p["sagemaker_inference_endpoint_name"] == "short-lived"
-    ]
-    assert there
-    artist.call("DELETE", "/endpoints", {"delete_endpoint_list": ["short-lived"], "username": ""})
-    for job_id in there:
-        job = artist.wait_for_job(job_id, seconds=15)
-        assert job["status"] == "failed"
-        assert "short-lived" in job["error"]
-    artist.call("DELETE", "/inferences", {"inference_id_list": jobs})

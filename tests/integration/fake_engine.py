@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from services.inference.worker.pipelines import JobFailure, Listener, Result, ResultImage
+from services.inference.worker.pipelines import JobFailure, Listener, Result, ResultImage, Vitals
 from services.inference.worker.settings import EngineOptions
 from shared.contracts.inference import RunJob
 
@@ -83,6 +83,10 @@ class Engine:
     def recall(self, job_id: str) -> None:
         if any(job.job_id == job_id for job in self._waiting):
             self.cancel(job_id)
+
+    def vitals(self) -> Vitals:
+        models = {path.name for job in self._running for path in job.files.values()}
+        return Vitals(device_name="none", memory=1, memory_total=2, models=sorted(models))
 
     def advance(self) -> None:
         while self._waiting and self._fits(self._waiting[0]):

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -50,6 +50,7 @@ class Bus:
         self.progress: list[inference.JobProgress] = []
         self.previews: list[inference.JobPreview] = []
         self.instances: list[endpoints.ReportInstance] = []
+        self.beats: list[endpoints.InstanceBeat] = []
         self.processes: list[subprocess.Popen[bytes]] = []
         self.port = 0
         self._arrived = asyncio.Condition()
@@ -66,6 +67,7 @@ class Bus:
         self.js = self.client.jetstream()
         await self.js.subscribe("evt.>", stream=EVENTS, ordered_consumer=True, cb=self._on_event)
         await self.client.subscribe("progress.*", cb=self._on_progress)
+        await self.client.subscribe("beats.*", cb=self._on_beat)
         reports = asyncio.create_task(self._take_reports())
         async with self.objects.open():
             try:
@@ -139,6 +141,12 @@ class Bus:
             return
         assert isinstance(report, inference.JobProgress)
         self.progress.append(report)
+
+    async def _on_beat(self, message: Any) -> None:
+        beat = payload(cloud.decode(message.data))
+        assert isinstance(beat, endpoints.InstanceBeat)
+        assert message.subject == f"beats.{beat.instance_id}"
+        self.beats.append(beat)
 
     async def _take_reports(self) -> None:
         """In the place of the endpoints service."""
@@ -253,13 +261,14 @@ class Bus:
         *checkpoints: models.Checkpoint,
         params: bytes | None = b"{}",
         job_id: str | None = None,
+        inference_type: str = "Async",
     ) -> CreateJob:
         """Created, and its params uploaded."""
         job_id = job_id or new_id()
         command = CreateJob(
             job_id=job_id,
             owner="alice",
-            inference_type="Async",
+            inference_type=inference_type,
             task_type="txt2img",
             models=[
                 *(
@@ -286,16 +295,39 @@ class Bus:
             )
         return command
 
-    async def start_job(self, job_id: str, *pools: endpoints.Endpoint) -> Message:
-        return await self.ask(StartJob(job_id=job_id, username="alice", endpoints=list(pools)))
+    async def start_job(
+        self,
+        job_id: str,
+        *pools: endpoints.Endpoint,
+        username: str = "alice",
+        roles: Sequence[str] = (),
+    ) -> Message:
+        command = StartJob(
+            job_id=job_id, username=username, endpoints=list(pools), roles=list(roles)
+        )
+        return await self.ask(command)
 
     async def run_job(
-        self, endpoint: endpoints.Endpoint, params: bytes, *checkpoints: models.Checkpoint
+        self,
+        endpoint: endpoints.Endpoint,
+        params: bytes,
+        *checkpoints: models.Checkpoint,
+        username: str = "alice",
     ) -> str:
         """Created and started; its id."""
         job = await self.make_job(*checkpoints, params=params)
-        assert isinstance(await self.start_job(job.job_id, endpoint), inference.JobStarted)
+        answer = await self.start_job(job.job_id, endpoint, username=username)
+        assert isinstance(answer, inference.JobStarted)
         return job.job_id
+
+    async def knows(self, endpoint: endpoints.Endpoint) -> bool:
+        """Whether the ledger has heard of it."""
+        pool = await self.pool()
+        version = await pool.fetchval(
+            "SELECT version FROM endpoints WHERE endpoint_id = $1", endpoint.endpoint_id
+        )
+        await pool.close()
+        return bool(version == endpoint.version)
 
     async def waiting(self, endpoint_id: str) -> int:
         """Messages in the queue of an endpoint."""

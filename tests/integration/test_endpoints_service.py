@@ -39,6 +39,7 @@ from shared.contracts.subjects import (
     STREAMS,
     command_subject,
     jobs_durable,
+    run_job_subject,
 )
 from shared.postgres import migrate
 
@@ -137,6 +138,7 @@ class Endpoints:
     def __init__(self, installation: Installation, client: Client, observer: Client) -> None:
         self.installation = installation
         self.run = installation.run
+        self.settings: dict[str, str] = {}
         self.events: list[tuple[Envelope, Message]] = []
         self.process: subprocess.Popen[bytes] | None = None
         self._js = client.jetstream()
@@ -169,6 +171,11 @@ class Endpoints:
             "DARKROOM_WORKER_CACHE": str(self.installation.cache),
             "DARKROOM_WORKER_COMMAND": f"{{python}} {WORKER}",
             "DARKROOM_WORKER_STOP_WITHIN": "2",
+            "DARKROOM_WORKER_SILENT_WITHIN": "4",
+            "DARKROOM_DRAIN_SECONDS": "3",
+            "DARKROOM_SCALE_OUT_AFTER": "1",
+            "DARKROOM_SCALE_IN_AFTER": "3",
+            **self.settings,
         }
         self.process = subprocess.Popen(
             [sys.executable, "-m", "services.endpoints"],
@@ -263,25 +270,41 @@ class Endpoints:
             await admin.close()
         return True
 
+    async def queue(self, endpoint_id: str, jobs: int) -> None:
+        """Puts so many jobs into the queue of an endpoint, whose workers leave them there."""
+        admin = await connect_as(self.installation, "admin")
+        for _ in range(jobs):
+            await admin.jetstream().publish(run_job_subject(endpoint_id), b"a job")
+        await admin.close()
+
+    async def empty(self, endpoint_id: str) -> None:
+        admin = await connect_as(self.installation, "admin")
+        await admin.jetstream().purge_stream(JOBS, subject=run_job_subject(endpoint_id))
+        await admin.close()
+
     async def pause(self) -> None:
         """Ends the service and all that a test left behind, for the next one to start clean."""
-        names = {
-            s.endpoint_name for _, s in self.events if isinstance(s, Endpoint) and not s.deleted
-        }
+        names = {s.endpoint_name for _, s in self.events if isinstance(s, Endpoint)}
         await self.delete(*names)
         await self.wait(lambda: not self.workers(), "end of all workers")
 
 
 def create_endpoint(
-    name: str, count: int = 1, type: str = "cpu", endpoint_id: str = ""
+    name: str,
+    count: int = 1,
+    type: str = "cpu",
+    endpoint_id: str = "",
+    most: int | None = None,
 ) -> endpoints.CreateEndpoint:
+    """`most`: it scales, up to that."""
     return endpoints.CreateEndpoint(
         endpoint_id=endpoint_id or new_id(),
         endpoint_name=name,
         endpoint_type="Async",
         instance_type=type,
         initial_instance_count=count,
-        autoscaling=False,
+        autoscaling=most is not None,
+        max_instance_number=most,
         roles=["Designer"],
         creator="admin",
     )
@@ -446,26 +469,106 @@ async def test_a_worker_that_keeps_crashing_fails_the_endpoint(service: Endpoint
     assert not service.records(endpoint_id)
 
 
+async def test_an_endpoint_whose_workers_say_that_they_fail_says_why(service: Endpoints) -> None:
+    """What the worker said, and what its log has of it."""
+    endpoint_id = await service.create("broken")
+    state = await service.wait_status(endpoint_id, "Failed", 0)
+    assert state.error
+    assert state.error.startswith("libcuda is older than torch; the worker exited with code 1")
+    assert state.error.endswith("RuntimeError: the driver is too old")
+
+
 async def test_delete_endpoints_ends_worker_and_queue_and_frees_the_name(
     service: Endpoints,
 ) -> None:
     first = await service.create("stubborn-again")
     await service.wait_status(first, "InService", 1)
     (event,) = await service.delete("stubborn-again", "never-existed")
-    assert isinstance(event, endpoints.EndpointDeleted)
-    assert (event.deleted, event.endpoint_status) == (True, "Deleting")
+    assert isinstance(event, endpoints.EndpointChanged)
+    assert (event.deleted, event.endpoint_status) == (False, "Deleting")
 
     second = await service.create("stubborn-again")
     await service.wait_status(second, "InService", 1)
     await service.wait(lambda: not service.workers(first), "end of a worker that ignores SIGTERM")
-    end = time.monotonic() + 10
-    while await service.queue_exists(first):
-        assert time.monotonic() < end
-        await asyncio.sleep(0.1)
+    gone = await service.wait_status(first, "Deleted", 0)
+    assert gone.deleted
+    assert not await service.queue_exists(first)
     assert not service.records(first)
     assert await service.queue_exists(second)
     (answer,) = await service.delete("never-existed")
     assert type(answer).__name__ == "Completed"
+
+
+async def test_what_is_being_finished_delays_the_end_of_an_endpoint_only_so_long(
+    service: Endpoints,
+) -> None:
+    """Also when the service was killed meanwhile."""
+    endpoint_id = await service.create("stubborn")
+    await service.wait_status(endpoint_id, "InService", 1)
+    await service.delete("stubborn")
+    deleted = time.monotonic()
+    await asyncio.sleep(1.5)
+    service.kill()
+    assert len(service.workers(endpoint_id)) == 1
+    service.start()
+    await service.wait_status(endpoint_id, "Deleted", 0)
+    assert 2.9 < time.monotonic() - deleted < 3 + 4
+    assert not service.workers(endpoint_id)
+
+
+async def test_a_silent_worker_is_replaced(service: Endpoints) -> None:
+    endpoint_id = await service.create("silent")
+    await service.wait_status(endpoint_id, "InService", 1)
+    (worker,) = service.workers(endpoint_id)
+    await service.wait(lambda: len(service.states(endpoint_id)) >= 4, "two more changes")
+    assert service.history(endpoint_id)[2:4] == [("Updating", 0), ("InService", 1)]
+    await service.wait(lambda: not worker.is_running(), "end of the silent one")
+
+
+async def test_a_worker_that_hangs_is_replaced_and_one_that_speaks_is_left_alone(
+    service: Endpoints,
+) -> None:
+    endpoint_id = await service.create("spoken", 2)
+    await service.wait_status(endpoint_id, "InService", 2)
+    hanging, going = service.workers(endpoint_id)
+    hanging.send_signal(signal.SIGSTOP)
+    await service.wait(lambda: len(service.states(endpoint_id)) >= 5, "two more changes")
+    assert service.history(endpoint_id)[-2:] == [("InService", 1), ("InService", 2)]
+    await service.wait(lambda: not holds_anything(hanging), "end of the one that hangs")
+    assert going.is_running()
+
+
+async def test_an_endpoint_follows_its_queue_down_to_nothing_and_up_again(
+    service: Endpoints,
+) -> None:
+    endpoint_id = new_id()
+    await service.send(create_endpoint("scaling", 1, endpoint_id=endpoint_id, most=3))
+    await service.wait_status(endpoint_id, "InService", 1)
+    await service.queue(endpoint_id, 7)
+    await service.wait_status(endpoint_id, "InService", 3)
+    await service.empty(endpoint_id)
+    await service.wait_status(endpoint_id, "InService", 0)
+    await service.wait(lambda: not service.workers(endpoint_id), "end of all workers")
+    assert await service.queue_exists(endpoint_id), "or nothing would wake it"
+    await service.queue(endpoint_id, 1)
+    slept = time.monotonic()
+    await service.wait_status(endpoint_id, "InService", 1)
+    assert time.monotonic() - slept < 10
+    assert service.history(endpoint_id)[-2:] == [("Updating", 0), ("InService", 1)]
+
+
+async def test_an_endpoint_that_sleeps_or_is_scaled_does_so_across_kills(
+    service: Endpoints,
+) -> None:
+    endpoint_id = new_id()
+    await service.send(create_endpoint("sleeping", 2, endpoint_id=endpoint_id, most=3))
+    await service.wait_status(endpoint_id, "InService", 0)
+    service.kill()
+    service.start()
+    await service.send(endpoints.ResyncEndpoints())
+    await asyncio.sleep(2)
+    assert not service.workers(endpoint_id)
+    assert service.history(endpoint_id)[-1] == ("InService", 0)
 
 
 async def test_workers_go_and_come_back_with_the_service(service: Endpoints) -> None:
@@ -482,6 +585,7 @@ async def test_workers_go_and_come_back_with_the_service(service: Endpoints) -> 
 async def test_resync_tells_of_deleted_endpoints_too(service: Endpoints) -> None:
     gone = await service.create("gone")
     await service.delete("gone")
+    await service.wait_status(gone, "Deleted", 0)
     here = await service.create("here")
     await service.wait_status(here, "InService", 1)
     events = await service.send(endpoints.ResyncEndpoints())

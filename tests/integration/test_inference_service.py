@@ -6,6 +6,7 @@ import asyncio
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
@@ -174,32 +175,123 @@ async def test_the_newest_state_of_a_checkpoint_decides_whether_a_job_starts(bus
     assert answer.code == "inference.checkpoint_gone"
 
 
-async def test_the_jobs_of_a_deleted_endpoint_fail_at_once(bus: Bus) -> None:
-    endpoint = await bus.make_endpoint("esd-short-lived")
-    taken = await bus.run_job(endpoint, b"{}")
-    await bus.ask(ReportJobStarted(job_id=taken, instance_id="i", attempt=1))
-    waiting = await bus.run_job(endpoint, b"{}")
-    gone = replace(endpoint, version=3, deleted=True)
+async def delete(bus: Bus, endpoint: endpoints.Endpoint) -> None:
+    """As the endpoints service would tell it when no worker is left."""
+    gone = replace(endpoint, version=4, endpoint_status="Deleted", deleted=True)
     await bus.say(endpoints.EndpointDeleted.of(gone), "endpoints")
-    for job_id in (taken, waiting):
-        failed = await bus.end_of(job_id, seconds=3)
-        assert failed.reason == 'endpoint "esd-short-lived" was deleted'
+
+
+THEIRS: dict[str, Any] = {"endpoint_name": "esd-theirs", "roles": ["IT Operator"], "creator": "bob"}
+
+
+async def test_the_jobs_of_a_deleted_endpoint_fail_if_no_other_can_take_them(bus: Bus) -> None:
+    """Those that a worker has begun when that worker is gone, the others at once."""
+    endpoint = await bus.make_endpoint("esd-short-lived", creator="dora")
+    await bus.say(endpoints.EndpointInService.of(await bus.make_endpoint(**THEIRS)), "endpoints")
+    taken = await bus.run_job(endpoint, b"{}", username="dora")
+    await bus.ask(ReportJobStarted(job_id=taken, instance_id="i", attempt=1))
+    waiting = await bus.run_job(endpoint, b"{}", username="dora")
+    deleting = replace(endpoint, version=3, endpoint_status="Deleting")
+    await bus.say(endpoints.EndpointChanged.of(deleting), "endpoints")
+    reason = 'endpoint "esd-short-lived" was deleted; no other endpoint can take the job'
+    assert (await bus.end_of(waiting, seconds=3)).reason == reason
+    assert bus.of(taken)[-1].status == "inprogress"
+    await delete(bus, endpoint)
+    assert (await bus.end_of(taken, seconds=3)).reason == reason
     await until(lambda: bus.waiting(endpoint.endpoint_id), 0)
     assert isinstance(await bus.ask(succeeded(taken)), Completed)
     assert bus.of(taken)[-1].status == "failed"
     late = await bus.make_job()
-    answer = await bus.start_job(late.job_id, endpoint)
+    answer = await bus.start_job(late.job_id, endpoint, username="dora")
     assert isinstance(answer, Rejected), "its deletion is newer than what the caller saw"
     assert answer.code == "inference.no_endpoint"
 
 
+async def test_waiting_jobs_move_to_another_endpoint_that_their_user_may_use(bus: Bus) -> None:
+    """And what their workers had begun, too, if they did not finish it."""
+    kind = "Real-time"
+    old = await bus.make_endpoint("esd-old", endpoint_type=kind, roles=["Designer"])
+    theirs = await bus.make_endpoint(endpoint_type=kind, **THEIRS)
+    new = await bus.make_endpoint("esd-new", endpoint_type=kind, roles=["Designer"], creator="bob")
+    for pool in (new, theirs):
+        await bus.say(endpoints.EndpointInService.of(pool), "endpoints")
+    begun, waiting = [await bus.make_job(inference_type=kind) for _ in range(2)]
+    for job in (begun, waiting):
+        assert await bus.start_job(job.job_id, old, username="emil", roles=["Designer"])
+    await bus.ask(ReportJobStarted(job_id=begun.job_id, instance_id="i", attempt=1))
+    deleting = replace(old, version=3, endpoint_status="Deleting")
+    await bus.say(endpoints.EndpointChanged.of(deleting), "endpoints")
+
+    moved = await bus.wait(inference.JobMoved, lambda job, _: job.job_id == waiting.job_id)
+    assert (moved.endpoint_name, moved.status, moved.attempt) == ("esd-new", "inprogress", 0)
+    await until(lambda: bus.waiting(new.endpoint_id), 1)
+    late = ReportJobStarted(
+        job_id=waiting.job_id, instance_id="i", attempt=1, endpoint_id=old.endpoint_id
+    )
+    await bus.ask(late)
+    assert bus.of(waiting.job_id)[-1].attempt == 0, "that worker hears that it was moved"
+    assert bus.of(begun.job_id)[-1].endpoint_name == "esd-old"
+    await delete(bus, old)
+    moved = await bus.wait(inference.JobMoved, lambda job, _: job.job_id == begun.job_id)
+    assert (moved.endpoint_name, moved.attempt) == ("esd-new", 1)
+    done = await bus.ask(succeeded(begun.job_id, attempt=2))
+    assert isinstance(done, inference.JobSucceeded)
+
+
+async def test_the_jobs_of_a_failed_endpoint_move_and_those_of_two_that_end_together(
+    bus: Bus,
+) -> None:
+    kind = "Real-time"
+    first, second, third = [
+        await bus.make_endpoint(f"esd-{n}", endpoint_type=kind, creator="carol", roles=["three"])
+        for n in ("first", "second", "third")
+    ]
+    jobs = [await bus.make_job(inference_type=kind) for _ in range(12)]
+    for number, job in enumerate(jobs):
+        await bus.start_job(
+            job.job_id, (first, second)[number % 2], username="frank", roles=["three"]
+        )
+    await bus.say(endpoints.EndpointInService.of(third), "endpoints")
+    failed = replace(first, version=3, endpoint_status="Failed", error="no GPU")
+    await asyncio.gather(
+        bus.say(endpoints.EndpointFailed.of(failed), "endpoints"), delete(bus, second)
+    )
+    await until(lambda: bus.waiting(third.endpoint_id), 12)
+    assert {bus.of(job.job_id)[-1].endpoint_name for job in jobs} == {"esd-third"}
+
+
+async def test_who_may_not_use_an_endpoint_can_not_start_on_it_whatever_was_seen(bus: Bus) -> None:
+    """Its roles were taken away, and the gateway had not heard of it."""
+    seen = await bus.make_endpoint(roles=["Designer"], creator="bob")
+    narrowed = replace(seen, version=3, roles=["IT Operator"])
+    await bus.say(endpoints.EndpointChanged.of(narrowed), "endpoints")
+    await until(lambda: bus.knows(narrowed))
+    job = await bus.make_job()
+    answer = await bus.start_job(job.job_id, seen, roles=["Designer"])
+    assert isinstance(answer, Rejected)
+    assert answer.code == "inference.no_endpoint"
+
+
+async def test_the_faster_endpoint_gets_more_jobs(bus: Bus) -> None:
+    slow, fast = await bus.make_endpoint("esd-a"), await bus.make_endpoint("esd-b")
+    for pool, seconds in ((slow, 0.8), (fast, 0.1)):
+        job_id = await bus.run_job(pool, b"{}")
+        await asyncio.sleep(seconds)
+        await bus.ask(succeeded(job_id))
+    for _ in range(8):
+        await bus.start_job((await bus.make_job()).job_id, slow, fast)
+    assert await bus.waiting(fast.endpoint_id) - await bus.waiting(slow.endpoint_id) >= 5
+
+
 async def test_no_job_is_left_behind_on_an_endpoint_deleted_while_jobs_start(bus: Bus) -> None:
-    endpoint = await bus.make_endpoint()
+    endpoint = await bus.make_endpoint(creator="gina")
     jobs = [await bus.make_job() for _ in range(12)]
-    gone = endpoints.EndpointDeleted.of(replace(endpoint, version=3, deleted=True))
-    starts = [asyncio.create_task(bus.start_job(job.job_id, endpoint)) for job in jobs]
+    deleting = replace(endpoint, version=3, endpoint_status="Deleting")
+    starts = [
+        asyncio.create_task(bus.start_job(job.job_id, endpoint, username="gina")) for job in jobs
+    ]
     await asyncio.sleep(0.02)
-    await bus.say(gone, "endpoints")
+    await bus.say(endpoints.EndpointChanged.of(deleting), "endpoints")
     answers = await asyncio.gather(*starts)
     started = [
         job.job_id

@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 import psutil
 import pytest
+from msgspec.structs import replace
 
 from deploy.local.installation import JOBS_BUCKET, MODELS_BUCKET
 from deploy.local.processes import http_status
@@ -341,7 +342,7 @@ async def test_previews_are_told_on_the_way(bus: Bus, pool: Pool) -> None:
 async def test_a_stopped_worker_gives_its_job_to_another(
     bus: Bus, pool: Pool, tmp_path: Path
 ) -> None:
-    first = await pool.start()
+    first = await pool.start(drain_seconds=5)
     attempts = tmp_path / "attempts"
     job_id = await pool.begin({"seconds": 20, "steps": 99, "counter": str(attempts), "slow": 1})
     await until(lambda: pool.steps_of(job_id), seconds=10)
@@ -362,6 +363,90 @@ async def test_a_stopping_worker_finishes_a_short_job(bus: Bus, pool: Pool) -> N
     assert await asyncio.to_thread(worker.wait, 10) == 0
     done = await bus.end_of(job_id)
     assert (done.status, done.attempt) == ("succeed", 1)
+
+
+async def test_a_draining_worker_finishes_what_it_has_begun_and_leaves_the_rest_to_others(
+    bus: Bus, pool: Pool
+) -> None:
+    first = await pool.start()
+    begun = await pool.begin({"seconds": 9, "steps": 9})
+    await pool.taken(begun)
+    waiting = [await pool.begin({}) for _ in range(4)]
+    await until(lambda: pool.steps_of(begun))
+    first.terminate()
+    await until(lambda: _said(bus, first, "stopping"))
+    waiting.append(await pool.begin({}))
+    await pool.start()
+    stopped = time.monotonic()
+    for job_id in waiting:
+        done = await bus.end_of(job_id, seconds=8)
+        assert (done.status, done.attempt) == ("succeed", 1)
+    assert bus.of(begun)[-1].status == "inprogress", "the others have not waited for it"
+    assert time.monotonic() - stopped < 8
+    assert await asyncio.to_thread(first.wait, 20) == 0
+    done = await bus.end_of(begun)
+    assert (done.status, done.attempt) == ("succeed", 1)
+    assert any(b.jobs == [begun] for b in beats_of(bus, first)), "and is heard of meanwhile"
+
+
+async def _said(bus: Bus, worker: subprocess.Popen[bytes], status: str) -> bool:
+    return any(r.pid == worker.pid and r.status == status for r in bus.instances)
+
+
+def beats_of(bus: Bus, worker: subprocess.Popen[bytes]) -> list[endpoints.InstanceBeat]:
+    ids = {report.instance_id for report in bus.instances if report.pid == worker.pid}
+    return [beat for beat in bus.beats if beat.instance_id in ids]
+
+
+async def test_a_worker_tells_how_it_is(bus: Bus, pool: Pool) -> None:
+    """Also while its engine is deaf: whatever it does, nobody takes its worker for dead."""
+    worker = await pool.start()
+    checkpoint = await bus.make_checkpoint(b"weights of this one")
+    job_id = await bus.run_job(
+        pool.endpoint, msgspec.json.encode({"seconds": 3, "steps": 6}), checkpoint
+    )
+    await bus.end_of(job_id)
+    assert any(beat.jobs == [job_id] for beat in beats_of(bus, worker))
+    assert any(beat.models for beat in beats_of(bus, worker))
+    first = beats_of(bus, worker)[0]
+    assert (first.device, first.device_name, first.endpoint_id) == (
+        "cpu",
+        "none",
+        pool.endpoint.endpoint_id,
+    )
+    assert (first.memory, first.memory_total, first.jobs) == (1, 2, [])
+    heard = len(beats_of(bus, worker))
+    await pool.run({"deaf_seconds": 5})
+    assert len(beats_of(bus, worker)) >= heard + 2
+
+
+async def test_a_job_that_was_moved_is_let_go_of(bus: Bus, pool: Pool) -> None:
+    """Whether it waits or has begun: another endpoint has it, and does it there."""
+    await pool.start()
+    other = Pool(bus, await bus.make_endpoint("esd-other", creator="ines"), pool.cache)
+    mine = replace(pool.endpoint, creator="ines")
+    pool.endpoint = mine
+    await bus.say(endpoints.EndpointInService.of(other.endpoint), "endpoints")
+    jobs = []
+    for seconds in (30, 0):
+        params = msgspec.json.encode({"seconds": seconds, "steps": 30})
+        jobs.append(await bus.run_job(mine, params, username="ines"))
+    long, short = jobs
+    await pool.taken(long)
+    await until(lambda: pool.steps_of(long))
+    failed = replace(mine, version=3, endpoint_status="Failed", error="no GPU")
+    await bus.say(endpoints.EndpointFailed.of(failed), "endpoints")
+    await bus.wait(inference.JobMoved, lambda job, _: job.job_id == long)
+    await bus.wait(inference.JobMoved, lambda job, _: job.job_id == short)
+    await until(lambda: bus.waiting(mine.endpoint_id), 0)
+    await other.start()
+    taken = await pool.taken(long, 2)
+    assert taken.endpoint_name == "esd-other"
+    await bus.ask(inference.CancelJob(job_id=long, username="ines"))
+    done = await bus.end_of(short)
+    assert (done.status, done.attempt, done.endpoint_name) == ("succeed", 1, "esd-other")
+    assert [event.status for event in bus.of(short)].count("succeed") == 1
+    other.stop()
 
 
 async def test_a_job_outlives_restarts_of_the_bus_and_of_the_store(

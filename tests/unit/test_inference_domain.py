@@ -6,13 +6,23 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from services.inference.domain import Checkpoint, Endpoint, Job, choose_endpoint, locate_models
+from services.inference.domain import (
+    START_SECONDS,
+    Checkpoint,
+    Endpoint,
+    Job,
+    Starter,
+    busy_seconds,
+    choose_endpoint,
+    locate_models,
+)
 from shared.contracts import inference
 from shared.contracts.inference import UsedModel
 from shared.contracts.models import CheckpointFile
 from shared.errors import Rejected
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+ALICE = Starter(username="alice", roles=["Designer", "byoc"])
 
 
 def make_job(**fields: object) -> Job:
@@ -38,6 +48,8 @@ def make_endpoint(name: str, **fields: object) -> Endpoint:
         "endpoint_status": "InService",
         "current_instance_count": 1,
         "error": None,
+        "roles": ["byoc"],
+        "creator": "admin",
         "version": 1,
         "deleted": False,
     }
@@ -58,7 +70,7 @@ def make_checkpoint(**fields: object) -> Checkpoint:
 
 
 def test_a_job_says_when_each_of_its_states_began_and_counts_its_versions() -> None:
-    started = make_job().start(make_endpoint("e"), now=NOW)
+    started = make_job().start(make_endpoint("e"), ALICE, now=NOW)
     taken = started.take(2)
     done = taken.succeed(
         attempt=1,
@@ -135,10 +147,60 @@ def test_only_what_nobody_looks_at_is_unwanted() -> None:
     assert (job.delete().unwanted, cancelled.delete().unwanted) == (everything, everything)
 
 
+def chosen(
+    endpoints: list[Endpoint], unfinished: dict[str, int], **paces: float
+) -> Endpoint | None:
+    return choose_endpoint(endpoints, "Async", ALICE, unfinished, paces)
+
+
 def test_the_endpoint_with_the_fewest_jobs_per_instance_gets_the_next() -> None:
     small, large = make_endpoint("small"), make_endpoint("large", current_instance_count=4)
-    assert choose_endpoint([small, large], "Async", {"small": 1, "large": 3}) is large
-    assert choose_endpoint([small, large], "Async", {"small": 1, "large": 5}) is small
+    assert chosen([small, large], {"small": 1, "large": 3}) is large
+    assert chosen([small, large], {"small": 1, "large": 5}) is small
+
+
+def test_a_fast_endpoint_gets_more_than_a_slow_one() -> None:
+    slow, fast = make_endpoint("a-slow"), make_endpoint("fast")
+    paces = {"a-slow": 8.0, "fast": 2.0}
+    assert chosen([slow, fast], {"a-slow": 1, "fast": 3}, **paces) is fast
+    assert chosen([slow, fast], {"a-slow": 1, "fast": 5}, **paces) is slow
+    assert chosen([slow, fast], {}, **paces) is fast, "both are free"
+    new = make_endpoint("new")
+    assert chosen([slow, new], {"a-slow": 1, "new": 1}, **{"a-slow": 8.0}) is slow, "it is usual"
+
+
+def test_an_endpoint_that_sleeps_is_woken_when_that_is_faster() -> None:
+    awake, asleep = make_endpoint("awake"), make_endpoint("asleep", current_instance_count=0)
+    many = int(START_SECONDS) + 1
+    assert chosen([awake, asleep], {"awake": many - 2}) is awake
+    assert chosen([awake, asleep], {"awake": many}) is asleep
+    assert chosen([asleep], {}) is asleep
+
+
+def test_only_who_may_use_an_endpoint_gets_it() -> None:
+    theirs = make_endpoint("theirs", roles=["IT Operator"])
+    assert chosen([theirs], {}) is None
+    assert chosen([make_endpoint("hers", roles=[], creator="alice")], {}) is not None
+    administrator = Starter(username="root", administrator=True)
+    assert choose_endpoint([theirs], "Async", administrator, {}, {}) is theirs
+
+
+def after(seconds: float) -> datetime:
+    return NOW + timedelta(seconds=seconds)
+
+
+def test_a_job_takes_the_time_since_the_one_before_it() -> None:
+    job = make_job(started_at=NOW)
+
+    def seconds(last_end: datetime | None, busy: int = 1, worked: float = 99) -> float:
+        return busy_seconds(job, last_end=last_end, busy=busy, worked=worked, now=after(10))
+
+    assert seconds(None) == 10
+    assert seconds(after(-60)) == 10, "nothing was done before it was started"
+    assert seconds(after(6)) == 4
+    assert seconds(after(6), busy=3) == 12, "three instances took turns"
+    assert seconds(after(6), busy=3, worked=5) == 5
+    assert seconds(after(11)) == 0
 
 
 @pytest.mark.parametrize(
@@ -152,13 +214,13 @@ def test_the_endpoint_with_the_fewest_jobs_per_instance_gets_the_next() -> None:
     ],
 )
 def test_no_job_goes_to_an_endpoint_that_can_not_do_it(useless: Endpoint) -> None:
-    assert choose_endpoint([useless], "Async", {}) is None
+    assert chosen([useless], {}) is None
 
 
 def test_an_endpoint_whose_workers_are_away_is_the_last_choice() -> None:
     away, busy = make_endpoint("away", endpoint_status="Updating"), make_endpoint("busy")
-    assert choose_endpoint([away, busy], "Async", {"busy": 50}) is busy
-    assert choose_endpoint([away], "Async", {}) is away
+    assert chosen([away, busy], {"busy": 50}) is busy
+    assert chosen([away], {}) is away
 
 
 def test_a_renamed_checkpoint_is_found_at_its_new_place() -> None:
@@ -197,3 +259,20 @@ def test_an_endpoint_that_ended_says_why() -> None:
     assert make_endpoint("e", deleted=True).end == 'endpoint "e" was deleted'
     failed = make_endpoint("e", endpoint_status="Failed", error="no GPU")
     assert failed.end == 'endpoint "e" failed: no GPU'
+
+
+def test_what_was_begun_stays_with_an_endpoint_that_is_being_deleted() -> None:
+    waiting, begun = make_job(), make_job(attempt=1)
+    for endpoint, left in (
+        (make_endpoint("e"), (False, False)),
+        (make_endpoint("e", endpoint_status="Deleting"), (True, False)),
+        (make_endpoint("e", endpoint_status="Deleted", deleted=True), (True, True)),
+        (make_endpoint("e", endpoint_status="Failed"), (True, True)),
+    ):
+        assert (endpoint.has_left(waiting), endpoint.has_left(begun)) == left
+
+
+def test_a_moved_job_keeps_its_attempts() -> None:
+    moved = make_job(attempt=2, status="inprogress").move(make_endpoint("other"))
+    event = inference.JobMoved.of(moved)
+    assert (event.endpoint_name, event.attempt, event.version) == ("other", 2, 2)

@@ -4,20 +4,22 @@ from typing import Any
 
 from litestar import Request, Response, delete, get, post
 from litestar.openapi.datastructures import ResponseSpec
+from msgspec import UNSET
 
 from services.gateway import compat
 from services.gateway.errors import ApiError
-from services.gateway.routes.answers import READ, WRITE
+from services.gateway.routes.answers import READ, READ_ONE, WRITE
 from services.gateway.schemas import (
     Answer,
     CreateEndpointBody,
     DeleteEndpointsBody,
+    EndpointDetails,
     Endpoints,
     EndpointView,
     count,
 )
 from services.gateway.state import Gateway
-from services.gateway.views import endpoint_view
+from services.gateway.views import endpoint_view, instance_view
 from shared.contracts.endpoints import CreateEndpoint, DeleteEndpoints
 
 
@@ -32,6 +34,30 @@ async def list_endpoints(
     return Answer(200, Endpoints(endpoints=[endpoint_view(endpoint) for endpoint in endpoints]))
 
 
+@get("/endpoints/{name:str}", operation_id="GetEndpoint", tags=["Endpoints"], responses=READ_ONE)
+async def get_endpoint(
+    request: Request[Any, Any, Any], gateway: Gateway, name: str
+) -> Answer[EndpointDetails]:
+    """One endpoint with its instances: their devices, memory, models and jobs."""
+    person = await gateway.authorize(request, "sagemaker_endpoint:list")
+    found = [
+        e
+        for e in await gateway.views.list_endpoints()
+        if e.endpoint_name == name and person.may_use_endpoint(e)
+    ]
+    if not found:
+        raise ApiError(404, f'endpoint "{name}" not found')
+    newest = found[-1]  # one that is being deleted may have had the name before
+    return Answer(
+        200,
+        EndpointDetails(
+            endpoint=endpoint_view(newest),
+            min_instance_number=str(newest.min_instance_number),
+            instances=[instance_view(beat) for beat in gateway.pulses.of(newest.endpoint_id)],
+        ),
+    )
+
+
 @post(
     "/endpoints",
     operation_id="CreateEndpoint",
@@ -44,9 +70,7 @@ async def create_endpoint(
 ) -> Answer[EndpointView]:
     """Deploys a pool of workers. It takes jobs once GET /endpoints shows it `InService`."""
     person = await gateway.authorize(request, "sagemaker_endpoint:create")
-    instances = count(data.initial_instance_count)
-    if instances < 1:
-        raise ApiError(400, "initial_instance_count: at least 1")
+    instances, least, most = _counts(data)
     for role in data.assign_to_roles:
         if role not in gateway.directory.roles:
             raise ApiError(400, f'user roles "{role}" not exist')
@@ -62,12 +86,33 @@ async def create_endpoint(
         autoscaling=data.autoscaling_enabled,
         roles=list(dict.fromkeys(data.assign_to_roles)),
         creator=person.username,
+        min_instance_number=least,
+        max_instance_number=most,
     )
     await gateway.dispatcher.send(command, ticket)
     endpoint = await gateway.views.find_endpoint(endpoint_id)
     if endpoint is None:
         raise ApiError(404, f'endpoint "{name}" not found')
     return Answer(200, endpoint_view(endpoint), f"Endpoint deployment started: {name}")
+
+
+def _counts(data: CreateEndpointBody) -> tuple[int, int | None, int | None]:
+    """How many at first, at least and at most. Raises ApiError for what contradicts itself; the
+    bounds of an endpoint that does not scale have no meaning."""
+    initial = count(data.initial_instance_count)
+    if initial < 1:
+        raise ApiError(400, "initial_instance_count: at least 1")
+    if not data.autoscaling_enabled:
+        return initial, None, None
+    least = None if data.min_instance_number is UNSET else count(data.min_instance_number)
+    most = None if data.max_instance_number is UNSET else count(data.max_instance_number)
+    if least == 0 and data.endpoint_type == "Real-time":
+        raise ApiError(400, "min_instance_number: a Real-time endpoint keeps at least 1")
+    if most is not None and most < initial:
+        raise ApiError(400, "max_instance_number: at least initial_instance_count")
+    if least is not None and least > initial:
+        raise ApiError(400, "min_instance_number: at most initial_instance_count")
+    return initial, least, most
 
 
 def _full_name(gateway: Gateway, endpoint_type: str, name: str) -> str:
@@ -110,4 +155,4 @@ async def delete_endpoints(
     return Response(None, status_code=204) if old_form else Response({}, status_code=200)
 
 
-ROUTES = [list_endpoints, create_endpoint, delete_endpoints]
+ROUTES = [list_endpoints, get_endpoint, create_endpoint, delete_endpoints]

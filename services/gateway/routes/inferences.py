@@ -219,7 +219,13 @@ async def _start(gateway: Gateway, person: Person, job: Job, ticket: Ticket) -> 
         and endpoint.endpoint_status in SERVING
         and person.may_use_endpoint(endpoint)
     ]
-    command = StartJob(job_id=job.job_id, username=person.username, endpoints=endpoints)
+    command = StartJob(
+        job_id=job.job_id,
+        username=person.username,
+        endpoints=endpoints,
+        roles=person.roles,
+        administrator=person.is_administrator,
+    )
     await gateway.dispatcher.send(command, ticket, step="start")
     started = await _get(gateway, job.job_id)
     if job.inference_type == "Real-time":

@@ -22,7 +22,7 @@ from services.inference.worker.reports import Reports
 from services.inference.worker.settings import Settings
 from shared import logs
 from shared.bus import make_broker, wait_for_consumer
-from shared.contracts.subjects import JOBS, jobs_durable
+from shared.contracts.subjects import BEAT, JOBS, jobs_durable
 from shared.health import Check
 from shared.objects import Objects
 from shared.service import HealthServer
@@ -100,6 +100,7 @@ class Worker:
         await broker.start()
         self._set_checks(client, js)
         watching = asyncio.create_task(self._watch(client, js, reports))
+        beating = asyncio.create_task(self._beat(reports, hand))
         log.info("ready", endpoint_id=self._settings.endpoint_id, device=self._settings.device)
         ends: list[asyncio.Future[Any]] = [stopped, watching, hand.broken]
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -107,6 +108,7 @@ class Worker:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(reports.instance("stopping"), 1)
         await hand.stop()
+        beating.cancel()
         for task in (watching, hand.broken):
             if task.done() and (error := task.exception()):
                 return await self._give_up(error, reports, broker)
@@ -158,6 +160,14 @@ class Worker:
             if second % 5 == 0 or missing:
                 missing = missing + 1 if await self._is_gone(js) else 0
         raise EndpointGone(self._settings.endpoint_id)
+
+    async def _beat(self, reports: Reports, hand: Hand) -> None:
+        """Says how this worker is, also while it finishes its jobs."""
+        while True:
+            with contextlib.suppress(EngineDied):  # whoever has the job knows it
+                await self._engine.look()
+            await reports.beat(self._settings.device, self._engine.well, hand.begun)
+            await asyncio.sleep(BEAT)
 
     async def _is_gone(self, js: JetStreamContext) -> bool:
         try:

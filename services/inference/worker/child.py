@@ -22,7 +22,7 @@ from typing import BinaryIO, Protocol
 import msgspec
 
 from services.inference.worker import frames
-from services.inference.worker.pipelines import Listener, Result
+from services.inference.worker.pipelines import Listener, Result, Vitals
 from services.inference.worker.settings import EngineOptions
 from shared import logs
 from shared.contracts.inference import RunJob
@@ -56,6 +56,8 @@ class Engine(Protocol):
 
     def advance(self) -> None: ...
 
+    def vitals(self) -> Vitals: ...
+
 
 Request = tuple[frames.Request, list[bytes]] | None
 """None: the engine has something to do without being asked."""
@@ -79,7 +81,7 @@ def main() -> None:
         engine = make(device, Path(cache), speaker, told)
         speaker.write(frames.Ready())
         while True:
-            _serve(engine, requests)
+            _serve(engine, requests, speaker)
             engine.advance()
     except Exception as error:
         log.exception("engine_broken")
@@ -88,7 +90,7 @@ def main() -> None:
         os._exit(1)  # no farewell: threads of torch may hang
 
 
-def _serve(engine: Engine, requests: queue.SimpleQueue[Request]) -> None:
+def _serve(engine: Engine, requests: queue.SimpleQueue[Request], speaker: Speaker) -> None:
     """Takes what has been asked for; waits for it if the engine has nothing else to do."""
     while True:
         try:
@@ -105,6 +107,8 @@ def _serve(engine: Engine, requests: queue.SimpleQueue[Request]) -> None:
                 engine.cancel(job_id)
             case (frames.Recall(job_id), _):
                 engine.recall(job_id)
+            case (frames.Look(), _):
+                speaker.well(engine.vitals())
             case _:
                 return
 
@@ -138,6 +142,11 @@ class Speaker(Listener):
 
     def gone(self, job_id: str) -> None:
         self.write(frames.Gone(job_id))
+
+    def well(self, vitals: Vitals) -> None:
+        self.write(
+            frames.Well(vitals.device_name, vitals.memory, vitals.memory_total, vitals.models)
+        )
 
     def write(self, head: msgspec.Struct, parts: list[bytes] | None = None) -> None:
         for piece in frames.pack(head, parts or []):

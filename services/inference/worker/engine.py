@@ -30,6 +30,9 @@ KILL_SECONDS = 10.0
 CANCEL_SECONDS = 5.0
 """An engine that does not let go of a job within this time is killed: it hangs in a C call."""
 
+ANSWER_SECONDS = 1.0
+"""So long a beat waits for an engine that computes to say how it is."""
+
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "USE_HUB_KERNELS": "0"}
 """Nothing is ever fetched from a hub, whatever a model file asks for."""
 
@@ -91,6 +94,9 @@ class EngineProcess:
         self._listening: asyncio.Task[None] | None = None
         self._starting = asyncio.Lock()
         self._jobs: dict[str, asyncio.Queue[Said]] = {}
+        self._answered = asyncio.Event()
+        self.well: frames.Well | None = None
+        """What it said last of itself."""
 
     @property
     def alive(self) -> bool:
@@ -102,10 +108,19 @@ class EngineProcess:
             raise EngineDied("no engine is running")
 
     async def start(self) -> None:
-        """Returns when the engine is loaded. Raises EngineDied if it can't be."""
+        """Returns when the engine is loaded and has answered a probe. Raises EngineDied if it can't
+        be."""
         async with self._starting:
             if not self.alive:
                 await self._start()
+
+    async def look(self) -> None:
+        """Asks it how it is, for `well`. One that is busy says so later, and is not asked again."""
+        if self.alive and self._answered.is_set():
+            self._answered.clear()
+            await self._send(frames.Look())
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._answered.wait(), ANSWER_SECONDS)
 
     async def run(
         self,
@@ -178,14 +193,18 @@ class EngineProcess:
         try:
             async with asyncio.timeout(START_SECONDS):
                 answer, _ = await self._answer(process)
+                if isinstance(answer, frames.Ready):
+                    await self._send(frames.Look())
+                    answer, _ = await self._answer(process)
         except TimeoutError:
             await self.kill()
             raise EngineDied(f"it did not load within {START_SECONDS:.0f} s") from None
         except BaseException:
             await self.kill()
             raise
-        if not isinstance(answer, frames.Ready):
+        if not isinstance(answer, frames.Well):
             raise await self._died(process, f"it said {type(answer).__name__} first")
+        self._heed(answer)
         log.info("engine_ready", pid=process.pid, device=self._device)
         self._listening = asyncio.create_task(self._listen(process))
 
@@ -196,11 +215,17 @@ class EngineProcess:
                 answer, parts = await self._answer(process)
                 if isinstance(answer, frames.Ready | frames.Broken):
                     raise await self._died(process, f"it said {type(answer).__name__} out of turn")
-                if answer.job_id in self._jobs:
+                if isinstance(answer, frames.Well):
+                    self._heed(answer)
+                elif answer.job_id in self._jobs:
                     self._jobs[answer.job_id].put_nowait((answer, parts))
         except EngineDied as death:
             for said in self._jobs.values():
                 said.put_nowait(death)
+
+    def _heed(self, well: frames.Well) -> None:
+        self.well = well
+        self._answered.set()
 
     async def _follow(
         self, job_id: str, said: asyncio.Queue[Said], following: Following, seconds: float

@@ -46,6 +46,10 @@ class Recall(msgspec.Struct, frozen=True, tag=True):
     job_id: str
 
 
+class Look(msgspec.Struct, frozen=True, tag=True):
+    """Say how you are."""
+
+
 # From the engine
 
 
@@ -99,15 +103,24 @@ class Gone(msgspec.Struct, frozen=True, tag=True):
     job_id: str
 
 
+class Well(msgspec.Struct, frozen=True, tag=True):
+    """The answer to Look."""
+
+    device_name: str
+    memory: int
+    memory_total: int
+    models: list[str]
+
+
 class Broken(msgspec.Struct, frozen=True, tag=True):
     """The engine failed in a way that nobody planned, and ends."""
 
     cause: str
 
 
-Request = Run | Go | Cancel | Recall
+Request = Run | Go | Cancel | Recall | Look
 JobAnswer = Begun | Step | Preview | Done | Unfit | Gone
-Answer = Ready | Broken | JobAnswer
+Answer = Ready | Well | Broken | JobAnswer
 
 encode = msgspec.json.Encoder().encode
 decode_request: msgspec.json.Decoder[Request] = msgspec.json.Decoder(Request)

@@ -21,8 +21,6 @@ from shared.contracts.subjects import JOBS, jobs_durable
 
 log = logs.get_logger(__name__)
 
-GRACE = 5.0
-"""Seconds that begun jobs have to finish when the worker is told to stop."""
 TOP_UP_EVERY = 0.1
 LOOK_FOR_IDLE_EVERY = 1.0
 ONE_NOW = b'{"batch":1,"no_wait":true}'
@@ -61,6 +59,11 @@ class Hand:
         if not self._tools.engine.alive and not self._stopping:
             await self._revive()
 
+    @property
+    def begun(self) -> list[str]:
+        """The ids of the jobs that the engine works on."""
+        return [held.job.job_id for held in self._held.values() if held.begun]
+
     async def stop(self) -> None:
         """Takes no more jobs; gives those that are begun some time, and all others back."""
         self._stopping = True
@@ -68,7 +71,7 @@ class Hand:
             if not held.begun:
                 await held.give_back()
         if self._held:
-            await asyncio.wait(self._held, timeout=GRACE)
+            await asyncio.wait(self._held, timeout=self._tools.settings.drain_seconds)
         tasks = list(self._held)
         for task in tasks:
             task.cancel()

@@ -7,7 +7,8 @@ the engine dies or hangs, a bug           the next attempt, here or elsewhere, a
 … for the third time                      failed, with the last cause
 this worker dies                          the bus misses its heartbeat: the next attempt
 this worker is told to stop               the next attempt
-cancelled, deleted, its endpoint ended    the engine lets go of it; the ledger has ended it already
+cancelled, deleted                        the engine lets go of it; the ledger has ended it already
+moved to another endpoint                 the engine lets go of it; a worker there has it
 
 Only what was begun is an attempt: a job that waited beside one that killed the engine has lost
 nothing.
@@ -80,7 +81,7 @@ class Tools(msgspec.Struct, frozen=True):
 
 class HeldJob:
     """One delivery of one job, in hand. `begun`: the engine works on it, or has done so.
-    `unwanted`: the ledger has ended the job."""
+    `unwanted`: the ledger has ended the job, or given it to another endpoint."""
 
     def __init__(self, tools: Tools, message: Msg, envelope: Envelope, job: RunJob) -> None:
         self.tools = tools
@@ -155,8 +156,10 @@ class HeldJob:
         if not isinstance(job, Job):
             return
         self.attempt = max(self.attempt, job.attempt)
-        if (job.deleted or job.status in FINISHED) and not self.unwanted.is_set():
-            log.info("job_unwanted", status=job.status, cancelled=job.cancelled)
+        moved = job.version > self.job.version and job.endpoint_id != self.job.endpoint_id
+        over = job.deleted or job.status in FINISHED
+        if (over or moved) and not self.unwanted.is_set():
+            log.info("job_unwanted", status=job.status, cancelled=job.cancelled, moved=moved)
             self.unwanted.set()
             await self.tools.engine.cancel(self.job.job_id)
 
@@ -252,6 +255,7 @@ class HeldJob:
             "job_id": self.job.job_id,
             "instance_id": self.tools.settings.instance_id,
             "attempt": self.attempt,
+            "endpoint_id": self.job.endpoint_id,
         }
 
     async def _ack(self) -> None:

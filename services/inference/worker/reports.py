@@ -11,9 +11,10 @@ from typing import Any
 
 from nats.js import JetStreamContext
 
+from services.inference.worker.frames import Well
 from services.inference.worker.settings import Settings
 from shared.contracts import envelope as cloud
-from shared.contracts.endpoints import ReportInstance
+from shared.contracts.endpoints import InstanceBeat, ReportInstance
 from shared.contracts.envelope import Command, Envelope
 from shared.contracts.inference import (
     JobPreview,
@@ -23,7 +24,7 @@ from shared.contracts.inference import (
     ReportJobSucceeded,
 )
 from shared.contracts.registry import type_of
-from shared.contracts.subjects import command_subject, progress_subject
+from shared.contracts.subjects import beat_subject, command_subject, progress_subject
 from shared.logs import get_logger
 
 log = get_logger(__name__)
@@ -60,6 +61,27 @@ class Reports:
             error=error,
         )
         await self._send(report, type_of(report), cloud.new_id(), report.endpoint_id, None)
+
+    async def beat(self, device: str, well: Well | None, jobs: list[str]) -> None:
+        """That this worker lives, and how; one that is not heard is not missed."""
+        if not self._client.is_connected:
+            return
+        known = well or Well("", 0, 0, [])
+        beat = InstanceBeat(
+            endpoint_id=self._settings.endpoint_id,
+            instance_id=self._settings.instance_id,
+            device=device,
+            device_name=known.device_name,
+            memory=known.memory,
+            memory_total=known.memory_total,
+            models=known.models,
+            jobs=jobs,
+        )
+        framed = cloud.wrap(beat, type=type_of(beat), source=self._source, subject=beat.instance_id)
+        try:
+            await self._client.publish(beat_subject(beat.instance_id), cloud.encode(framed))
+        except Exception as error:
+            log.debug("beat_lost", error=repr(error))
 
     def progress(self, job_id: str, attempt: int, cause: Envelope) -> Progress:
         return Progress(self._client, self._source, job_id, attempt, cause)

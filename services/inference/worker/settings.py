@@ -28,7 +28,8 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 class Settings(BusSettings, frozen=True, kw_only=True):
     """`device`: cpu, cuda or cuda:1. `cache`: the folder for models, shared by the workers of a
-    machine and kept under `cache_bytes`. `job_seconds`: what takes longer is stopped. `engine`:
+    machine and kept under `cache_bytes`. `job_seconds`: what takes longer is stopped.
+    `drain_seconds`: what begun jobs have to end when the worker is told to stop. `engine`:
     `module:Class`. `jobs_in_hand`: so many jobs are taken from the queue at once, as long as no
     other worker waits for one: the engine runs those together that fit. The others are
     `EngineOptions`."""
@@ -40,6 +41,7 @@ class Settings(BusSettings, frozen=True, kw_only=True):
     device: str = "cpu"
     cache_bytes: int = 64 * 1024**3
     job_seconds: float = 3600.0
+    drain_seconds: float = 120.0
     engine: str = "services.inference.worker.pipelines.engine:Engine"
     jobs_in_hand: int = 8
     batch_rows: int = 64

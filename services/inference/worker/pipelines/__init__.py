@@ -57,6 +57,15 @@ class Result(msgspec.Struct, frozen=True):
     warnings: list[str]
 
 
+class Vitals(msgspec.Struct, frozen=True, kw_only=True):
+    """How an engine is: bytes taken of its device, of how many, and the names of what is loaded."""
+
+    device_name: str = ""
+    memory: int = 0
+    memory_total: int = 0
+    models: list[str] = []
+
+
 class Aside(msgspec.Struct, frozen=True, eq=False):
     """Works that others need not wait for, such as decoding pictures that are finished, and which
     may go on at the same time. Who yields it is sent their results."""

@@ -26,15 +26,17 @@ from services.inference.worker.pipelines import (
     Listener,
     Plan,
     Result,
+    Vitals,
     Work,
 )
 from services.inference.worker.pipelines.compiling import CompiledUNets, parse_shapes
 from services.inference.worker.pipelines.cutting import CuttingPlan
 from services.inference.worker.pipelines.denoising import Evaluator, Rows
 from services.inference.worker.pipelines.enlarging import EnlargingPlan
-from services.inference.worker.pipelines.library import Library
+from services.inference.worker.pipelines.library import Library, name_of
 from services.inference.worker.pipelines.memory import Memory, is_out_of_memory
 from services.inference.worker.pipelines.models.components import Place
+from services.inference.worker.pipelines.models.shelf import memory_of
 from services.inference.worker.pipelines.painting import PaintingPlan, Studio
 from services.inference.worker.pipelines.pictures.files import Format
 from services.inference.worker.pipelines.pictures.previews import MEDIA_TYPE, Mixes
@@ -147,6 +149,15 @@ class Engine:
     def idle(self) -> bool:
         """Whether nothing is to be done until somebody asks for it."""
         return not self._waiting and not any(self._can_go_on(job) for job in self._running)
+
+    def vitals(self) -> Vitals:
+        device = self.library.place.device
+        return Vitals(
+            device_name=name_of(device),
+            memory=self.memory.taken(),
+            memory_total=memory_of(device),
+            models=self.library.loaded,
+        )
 
     # Its rounds
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import torch
@@ -23,6 +23,8 @@ from services.inference.worker.pipelines.models.shelf import Shelf, memory_of
 from services.inference.worker.pipelines.prompts.encoding import Encodings
 from shared.contracts.inference import RunJob
 
+T = TypeVar("T")
+
 _LIBRARIES = ("torch", "diffusers", "transformers", "safetensors", "numpy", "pillow")
 _WEBUI_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".onnx")
 
@@ -37,6 +39,7 @@ class Library:
         self.encodings = Encodings()
         self.shelf = Shelf(memory_of(place.device) // 2, self._release)
         self._headers: dict[tuple[object, ...], ModelFile] = {}
+        self._names: dict[object, str] = {}
 
     def open(self, path: Path, name: str) -> ModelFile:
         """Its header alone. Raises JobFailure for what is no harmless, complete model file."""
@@ -49,9 +52,7 @@ class Library:
 
     def checkpoint(self, file: ModelFile) -> Checkpoint:
         size = size_of_file(file, self.place)
-        return self.shelf.get(
-            ("checkpoint", file.identity()), size, lambda: Checkpoint(file, self.place)
-        )
+        return self._get("checkpoint", file, size, lambda: Checkpoint(file, self.place))
 
     def vae(self, file: ModelFile, config: Mapping[str, Any]) -> Any:
         """`config`: that of the checkpoint it is used with."""
@@ -61,21 +62,31 @@ class Library:
                 return components.load_vae(file, tensors, config, self.place)
 
         size = size_of_file(file, self.place)
-        return self.shelf.get(("vae", file.identity()), size, load)
+        return self._get("vae", file, size, load)
 
     def controlnet(self, file: ModelFile) -> Any:
         size = size_of_file(file, self.place)
-        return self.shelf.get(
-            ("controlnet", file.identity()),
-            size,
-            lambda: components.load_controlnet(file, self.place),
+        return self._get(
+            "controlnet", file, size, lambda: components.load_controlnet(file, self.place)
         )
 
     def network(self, file: ModelFile) -> NetworkFile:
-        return self.shelf.get(("network", file.identity()), file.size, lambda: NetworkFile(file))
+        return self._get("network", file, file.size, lambda: NetworkFile(file))
 
     def embedding(self, file: ModelFile) -> Embedding:
-        return self.shelf.get(("embedding", file.identity()), file.size, lambda: Embedding(file))
+        return self._get("embedding", file, file.size, lambda: Embedding(file))
+
+    def _get(self, kind: str, file: ModelFile, size: int, load: Callable[[], T]) -> T:
+        key = (kind, file.identity())
+        thing = self.shelf.get(key, size, load)
+        self._names[key] = file.name
+        return thing
+
+    @property
+    def loaded(self) -> list[str]:
+        """The names of the files whose weights are kept."""
+        self._names = {key: name for key, name in self._names.items() if key in self.shelf}
+        return sorted(set(self._names.values()))
 
     def forget(self) -> None:
         """Gives all memory back, after the device had not enough of it."""
@@ -180,13 +191,14 @@ def _versions() -> dict[str, str]:
     return found
 
 
+def name_of(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
 def describe(place: Place) -> dict[str, str]:
     """The device by name and the precision of the weights on it."""
-    name = "CPU"
-    if place.device.type == "cuda":
-        name = torch.cuda.get_device_name(place.device)
     return {
-        "name": name,
+        "name": name_of(place.device),
         "type": place.device.type,
         "precision": str(place.dtype).removeprefix("torch."),
         "threads": str(torch.get_num_threads()) if place.device.type == "cpu" else "",

@@ -46,6 +46,13 @@ class Memory:
             return int((free + reserved - torch.cuda.memory_allocated(self._device)) * 0.9)
         return int(_available() * 0.9)
 
+    def taken(self) -> int:
+        """Bytes that are taken of a GPU, by whomever, or of the machine by this process."""
+        if self._on_gpu:
+            free, total = torch.cuda.mem_get_info(self._device)
+            return int(total - free)
+        return _of_process("VmRSS")
+
     def release(self) -> None:
         """Gives back what the libraries keep for later."""
         gc.collect()

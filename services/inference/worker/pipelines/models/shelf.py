@@ -31,6 +31,9 @@ class Shelf:
         thing: T = self._things[key][0]
         return thing
 
+    def __contains__(self, key: object) -> bool:
+        return key in self._things
+
     @property
     def size(self) -> int:
         return sum(size for _, size in self._things.values())

@@ -1,0 +1,49 @@
+"""What workers say of themselves, as long as it is fresh."""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+
+from shared.contracts import envelope as cloud
+from shared.contracts.endpoints import InstanceBeat
+from shared.contracts.registry import payload
+from shared.contracts.subjects import BEAT, beat_subject
+from shared.logs import get_logger
+
+log = get_logger(__name__)
+
+FRESH = 4 * BEAT
+
+
+class Pulses:
+    """One per process, in memory: whoever lives is heard again within seconds."""
+
+    def __init__(self) -> None:
+        self._beats: dict[str, tuple[float, InstanceBeat]] = {}
+
+    async def follow(self, client: Client) -> None:
+        await client.subscribe(beat_subject("*"), cb=self._hear)
+
+    async def _hear(self, message: Msg) -> None:
+        try:
+            beat = payload(cloud.decode(message.data))
+        except (msgspec.MsgspecError, KeyError) as error:
+            log.debug("beat_misread", error=repr(error))
+            return
+        if isinstance(beat, InstanceBeat):
+            self._forget_stale()
+            self._beats[beat.instance_id] = (asyncio.get_running_loop().time(), beat)
+
+    def of(self, endpoint_id: str) -> list[InstanceBeat]:
+        """By instance id."""
+        self._forget_stale()
+        beats = (beat for _, beat in self._beats.values() if beat.endpoint_id == endpoint_id)
+        return sorted(beats, key=lambda beat: beat.instance_id)
+
+    def _forget_stale(self) -> None:
+        oldest = asyncio.get_running_loop().time() - FRESH
+        self._beats = {id_: known for id_, known in self._beats.items() if known[0] >= oldest}

@@ -1,0 +1,335 @@
+"""Pools under fire: `python -m tests.chaos.pools [--jobs 300] [--kills 50] [--instances 3]`.
+
+- Tiny jobs run on one endpoint while its workers and the endpoints service are killed with -9 at
+  random. Counts jobs that are lost (without an end), doubled (with more than one), stuck (nobody
+  has them) or failed, and tells the longest wait from start to end. `--pause`: seconds between two
+  kills; a worker needs some to start, and a job fails with the third worker that dies on it.
+- Then kills at random come faster than anything recovers. When they stop, what is left over is
+  counted: workers that no row knows, engines without a worker, rows without a worker.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+from uuid import uuid4
+
+import asyncpg
+import httpx
+import msgspec
+import nats
+import psutil
+
+from deploy.local.client import Client, Failed
+from deploy.local.demo import CHECKPOINT
+from deploy.local.stack import Stack
+from shared.contracts import envelope as cloud
+from shared.contracts.inference import FINISHED, Job
+from shared.contracts.registry import payload
+from shared.contracts.subjects import EVENTS, JOBS
+
+T = TypeVar("T")
+
+ENDPOINT = "pool"
+MODELS = {"Stable-diffusion": [CHECKPOINT.name]}
+PARAMS = {"prompt": "a blue square", "steps": 4, "width": 64, "height": 64}
+CALLERS_PER_INSTANCE = 4
+"""So many jobs are under way at a time: more than an instance's share, less than a rush."""
+MOST_SECONDS = 1800.0
+SETTLED_WITHIN = 120.0
+
+
+class Figures(msgspec.Struct, kw_only=True):
+    jobs: int
+    kills: Counter[str]
+    seconds: float
+    lost: int = 0
+    doubled: int = 0
+    stuck: int = 0
+    failed: int = 0
+    repeated: int = 0
+    median_wait: float = 0.0
+    longest_wait: float = 0.0
+
+
+class Left(msgspec.Struct, kw_only=True):
+    """After `kills` without a pause. `settled`: seconds until all instances were ready again."""
+
+    kills: Counter[str]
+    settled: float
+    workers: int
+    orphan_workers: int
+    orphan_engines: int
+    missing_workers: int
+
+
+class Killer:
+    """Kills a worker or the endpoints service, or both at once."""
+
+    def __init__(self, stack: Stack, chance: random.Random) -> None:
+        self._stack = stack
+        self._chance = chance
+        self.kills: Counter[str] = Counter()
+
+    def kill(self) -> None:
+        victims = self._chance.choice(
+            [["worker"], ["worker"], ["endpoints"], ["endpoints", "worker"]]
+        )
+        for victim in victims:
+            pids = [worker.pid for worker in workers_of(self._stack)]
+            if victim == "endpoints":
+                pids = [self._stack.pid("endpoints")]
+            if pids:
+                with contextlib.suppress(ProcessLookupError):  # it is just being started again
+                    os.kill(self._chance.choice(pids), signal.SIGKILL)
+                    self.kills[victim] += 1
+
+
+def processes_of(stack: Stack) -> Iterator[psutil.Process]:
+    """Workers and their engines that live, by looking at the machine itself."""
+    cache = str(stack.installation.cache)
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            mine = (
+                cache in process.environ().get("DARKROOM_CACHE", "") or cache in process.cmdline()
+            )
+            if mine and process.status() != psutil.STATUS_ZOMBIE:
+                yield process
+
+
+def workers_of(stack: Stack) -> list[psutil.Process]:
+    found = []
+    for process in processes_of(stack):
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("DARKROOM_CACHE"):  # which an engine is not told
+                found.append(process)
+    return found
+
+
+class Caller:
+    """A client as it should be: it repeats what was not answered, with the same key."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._lock = threading.Lock()
+        self.repeated = 0
+        self.started: list[str] = []
+
+    def run_job(self, seed: int) -> None:
+        key, call = str(uuid4()), self._client.call
+        body = {"inference_type": "Async", "task_type": "txt2img", "models": MODELS}
+        created = self._insist(lambda: call("POST", "/inferences", body, idempotency_key=key))
+        inference = created["data"]["inference"]
+        job_id: str = inference["id"]
+
+        def put() -> None:
+            url = inference["api_params_s3_upload_url"]
+            self._client.http.put(url, json={**PARAMS, "seed": seed}).raise_for_status()
+
+        self._insist(put)
+        self._insist(lambda: call("PUT", f"/inferences/{job_id}/start", idempotency_key=key))
+        with self._lock:
+            self.started.append(job_id)
+        deadline = time.monotonic() + MOST_SECONDS
+        while self._insist(lambda: self._client.get_job(job_id))["status"] not in FINISHED:
+            if time.monotonic() > deadline:
+                return  # which the figures show
+            time.sleep(0.2)
+
+    def _insist(self, attempt: Callable[[], T]) -> T:
+        deadline = time.monotonic() + MOST_SECONDS
+        while True:
+            try:
+                return attempt()
+            except (httpx.TransportError, httpx.HTTPStatusError, Failed) as error:
+                status = error.status if isinstance(error, Failed) else 503
+                waking = status == 400 and "no available" in str(error)
+                if (status < 500 and not waking) or time.monotonic() > deadline:
+                    raise
+                with self._lock:
+                    self.repeated += 1
+                time.sleep(0.2)
+
+
+def deploy(stack: Stack, instances: int) -> Client:
+    """Returns when all instances are ready."""
+    given = stack.environment()
+    admin = Client.log_in(
+        stack.url,
+        given["DARKROOM_API_KEY"],
+        given["DARKROOM_ADMIN_USER"],
+        given["DARKROOM_ADMIN_PASSWORD"],
+    )
+    admin.upload_checkpoint("Stable-diffusion", CHECKPOINT)
+    admin.create_endpoint(ENDPOINT, count=instances)
+    wait_for_all(admin, instances)
+    return admin
+
+
+def wait_for_all(admin: Client, instances: int) -> float:
+    """Seconds until all of them are ready. Raises RuntimeError if that takes too long."""
+    began = time.monotonic()
+    while time.monotonic() - began < SETTLED_WITHIN:
+        with contextlib.suppress(httpx.TransportError, Failed):
+            endpoint = admin.find_endpoint(ENDPOINT)
+            if endpoint and endpoint["current_instance_count"] == str(instances):
+                return time.monotonic() - began
+        time.sleep(0.2)
+    raise RuntimeError(f"not all instances are ready: {admin.find_endpoint(ENDPOINT)}")
+
+
+def run_jobs(
+    stack: Stack, admin: Client, *, jobs: int, instances: int, pause: tuple[float, float], seed: int
+) -> Figures:
+    """`pause`: seconds between two kills, at least and at most."""
+    chance = random.Random(seed)
+    caller, killer = Caller(admin), Killer(stack, chance)
+    began = time.monotonic()
+    with ThreadPoolExecutor(instances * CALLERS_PER_INSTANCE) as threads:
+        running = [threads.submit(caller.run_job, number) for number in range(jobs)]
+        while not all(job.done() for job in running):
+            time.sleep(chance.uniform(*pause))
+            killer.kill()
+        for job in running:
+            job.result()
+    figures = Figures(
+        jobs=jobs,
+        kills=killer.kills,
+        seconds=time.monotonic() - began,
+        repeated=caller.repeated,
+    )
+    return asyncio.run(judge(stack, caller.started, figures))
+
+
+async def judge(stack: Stack, started: list[str], figures: Figures) -> Figures:
+    """By what the stream of events and the ledger say."""
+    client = await nats.connect(stack.installation.nats_url_as("admin"))
+    js = client.jetstream()
+    ends: Counter[str] = Counter()
+    state = (await js.stream_info(EVENTS)).state
+    for seq in range(state.first_seq, state.last_seq + 1):
+        message = payload(cloud.decode((await js.get_msg(EVENTS, seq, direct=True)).data or b""))
+        if isinstance(message, Job) and message.status in FINISHED:
+            ends[message.job_id] += 1
+            figures.failed += message.status == "failed"
+    queued = (await js.stream_info(JOBS)).state.messages
+    await client.close()
+    connection = await asyncpg.connect(stack.installation.postgres_url("postgres"))
+    rows = await connection.fetch(
+        "SELECT status, extract(epoch FROM completed_at - started_at)::float AS wait"
+        " FROM inference.jobs WHERE job_id = ANY($1::text[])",
+        started,
+    )
+    await connection.close()
+    waits = sorted(row["wait"] for row in rows if row["wait"] is not None)
+    figures.lost = sum(ends[job_id] == 0 for job_id in started) + figures.jobs - len(started)
+    figures.doubled = sum(number > 1 for number in ends.values())
+    figures.stuck = sum(row["status"] not in FINISHED for row in rows) + queued
+    figures.median_wait, figures.longest_wait = waits[len(waits) // 2], waits[-1]
+    return figures
+
+
+def kill_fast(
+    stack: Stack,
+    admin: Client,
+    *,
+    kills: int,
+    instances: int,
+    pause: tuple[float, float],
+    seed: int,
+) -> Left:
+    chance = random.Random(seed)
+    killer = Killer(stack, chance)
+    while killer.kills.total() < kills:
+        killer.kill()
+        time.sleep(chance.uniform(*pause))
+    stack.wait_ready("endpoints")
+    settled = wait_for_all(admin, instances)
+    time.sleep(3)  # for what is told to go
+    return asyncio.run(count_left(stack, killer.kills, settled))
+
+
+async def count_left(stack: Stack, kills: Counter[str], settled: float) -> Left:
+    connection = await asyncpg.connect(stack.installation.postgres_url("postgres"))
+    rows = await connection.fetch("SELECT instance_id FROM endpoints.instances")
+    await connection.close()
+    wanted = {row["instance_id"] for row in rows}
+    workers = {worker.pid: worker.environ()["DARKROOM_INSTANCE_ID"] for worker in workers_of(stack)}
+    engines = [process for process in processes_of(stack) if process.pid not in workers]
+    return Left(
+        kills=kills,
+        settled=settled,
+        workers=len(workers),
+        orphan_workers=sum(instance not in wanted for instance in workers.values()),
+        orphan_engines=sum(engine.ppid() not in workers for engine in engines),
+        missing_workers=len(wanted - set(workers.values())),
+    )
+
+
+def told(kills: Counter[str]) -> str:
+    return ", ".join(f"{number} x {victim}" for victim, number in sorted(kills.items()))
+
+
+def show(figures: Figures) -> str:
+    return (
+        f"{figures.jobs} jobs in {figures.seconds:.0f} s, killed: {told(figures.kills)}\n"
+        f"  lost {figures.lost}, doubled {figures.doubled}, stuck {figures.stuck}, "
+        f"failed {figures.failed}; calls repeated {figures.repeated}\n"
+        f"  wait, median {figures.median_wait:.1f} s, longest {figures.longest_wait:.1f} s"
+    )
+
+
+def show_left(left: Left) -> str:
+    return (
+        f"{left.kills.total()} kills without a pause ({told(left.kills)}), "
+        f"all ready {left.settled:.1f} s later\n"
+        f"  {left.workers} workers; orphans: {left.orphan_workers} workers, "
+        f"{left.orphan_engines} engines; missing: {left.missing_workers}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos.pools")
+    parser.add_argument("--jobs", type=int, default=300)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--instances", type=int, default=3)
+    parser.add_argument("--pause", type=float, nargs=2, default=(3.0, 12.0))
+    parser.add_argument("--seed", type=int, default=random.randrange(1000))
+    asked: Any = parser.parse_args()
+    print(f"seed {asked.seed}")
+    with Stack.temporary(settings={"DARKROOM_WORKER_THREADS": "1"}) as stack:
+        admin = deploy(stack, asked.instances)
+        if asked.jobs:
+            figures = run_jobs(
+                stack,
+                admin,
+                jobs=asked.jobs,
+                instances=asked.instances,
+                pause=tuple(asked.pause),
+                seed=asked.seed,
+            )
+            print(show(figures), flush=True)
+            wait_for_all(admin, asked.instances)
+        left = kill_fast(
+            stack,
+            admin,
+            kills=asked.kills,
+            instances=asked.instances,
+            pause=(0.1, 1.5),
+            seed=asked.seed,
+        )
+        print(show_left(left))
+
+
+if __name__ == "__main__":
+    main()
