@@ -29,6 +29,10 @@ status: setup
 logs *ARGS: setup
     @{{ python }} -m deploy.local logs "$@"
 
+# one job's timeline, from its events: just trace JOB
+trace *ARGS: setup
+    @{{ python }} -m deploy.local.trace "$@"
+
 # delete all data and secrets, after asking
 reset *ARGS: setup
     @{{ python }} -m deploy.local reset "$@"
@@ -56,6 +60,10 @@ check: setup
     {{ python }} -m mypy
     .venv/bin/lint-imports
     {{ python }} -m tests.architecture.docs
+
+# write the documents that are made from the code: docs/asyncapi.json, docs/events.md
+docs: setup
+    @{{ python }} -m deploy.docs
 
 # format the code
 format: setup

@@ -24,7 +24,7 @@ from nats.aio.msg import Msg
 from nats.js import JetStreamContext
 from nats.js.errors import NotFoundError
 
-from shared import logs
+from shared import logs, metrics, tracing
 from shared.attempts import Attempts
 from shared.contracts import envelope as cloud
 from shared.contracts.envelope import DeadLetter, Envelope, Message
@@ -80,12 +80,13 @@ async def connect(
     )
 
 
-def make_broker(settings: BusSettings) -> NatsBroker:
+def make_broker(settings: BusSettings, *middlewares: Any) -> NatsBroker:
     return NatsBroker(
         settings.nats_servers,
         security=SASLPlaintext(settings.nats_user, settings.nats_password),
         apply_types=False,
         logger=None,
+        middlewares=middlewares,
         **connect_options(settings),
     )
 
@@ -166,6 +167,22 @@ class Receiver:
             if envelope.type.split(".")[0] == self._service:
                 await self._give_up(envelope, raw, f"unknown type {envelope.type}", deliveries)
             return  # a foreign event that this service does not care about
+        with tracing.span(
+            f"handle {envelope.type}",
+            kind="consumer",
+            parent=envelope.traceparent,
+            attributes={
+                "messaging.system": "nats",
+                "messaging.message.id": envelope.id,
+                "darkroom.correlation_id": envelope.correlation_id,
+                "darkroom.delivery": deliveries,
+            },
+        ):
+            await self._handle(envelope, raw, handler, deliveries)
+
+    async def _handle(
+        self, envelope: Envelope, raw: Msg, handler: Handler, deliveries: int
+    ) -> None:
         if deliveries == 1:
             async with self._attempts.turn(alone=False):
                 await self._try(envelope, raw, handler, attempt=1)
@@ -203,6 +220,7 @@ class Receiver:
     async def _bury(self, raw: Msg, reason: str, attempts: int) -> None:
         """Raises (so that the message is kept) when the DEAD stream does not take it."""
         log.error("dead_letter", reason=reason, attempts=attempts)
+        metrics.DEAD_LETTERS.labels(self._service).inc()
         body = raw.data
         try:
             whole = msgspec.Raw(msgspec.json.encode(msgspec.json.decode(body)))

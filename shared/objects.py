@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Set
+from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import quote
 
@@ -71,13 +72,22 @@ class Objects:
 
     async def size(self, bucket: str, key: str) -> int | None:
         """Bytes of an object, None if there is none. Raises botocore errors otherwise."""
+        head = await self._head(bucket, key)
+        return None if head is None else int(head["ContentLength"])
+
+    async def written_at(self, bucket: str, key: str) -> datetime | None:
+        """To the second. None if there is no such object. Raises botocore errors otherwise."""
+        head = await self._head(bucket, key)
+        return None if head is None else head["LastModified"].astimezone(UTC)
+
+    async def _head(self, bucket: str, key: str) -> dict[str, Any] | None:
         try:
-            head = await self.client.head_object(Bucket=bucket, Key=key)
+            head: dict[str, Any] = await self.client.head_object(Bucket=bucket, Key=key)
         except ClientError as error:
             if error.response["Error"]["Code"] in MISSING:
                 return None
             raise
-        return int(head["ContentLength"])
+        return head
 
     async def delete_prefix(self, bucket: str, prefix: str, *, keep: Set[str] = frozenset()) -> int:
         """Deletes every object under a prefix, which must end with `/`, but those whose keys are

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
@@ -22,18 +22,19 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.js import JetStreamContext
 
-from shared import logs
+from shared import logs, metrics, tracing
 from shared.attempts import Attempts
 from shared.bus import Handlers, Receiver, make_broker, pull, wait_for_consumer
 from shared.contracts import envelope as cloud
 from shared.contracts.envelope import Message
 from shared.contracts.registry import payload, type_of
 from shared.contracts.subjects import COMMANDS, EVENTS, progress_subject
-from shared.health import Check, health_app
+from shared.health import Check, Page, health_app
+from shared.metrics import Sampler
 from shared.outbox import Outbox
 from shared.postgres import connect_pool
 from shared.settings import BusSettings, ServiceSettings
-from shared.unit_of_work import UnitOfWork
+from shared.unit_of_work import Observer, UnitOfWork
 
 log = logs.get_logger(__name__)
 
@@ -44,19 +45,36 @@ UNSYNCED = 5.0
 
 
 class HealthServer:
-    """Serves health while everything else is still waiting for its servers."""
+    """Serves health and metrics while everything else is still waiting for its servers."""
 
-    def __init__(self, settings: BusSettings, checks: dict[str, Check]) -> None:
+    def __init__(
+        self,
+        settings: BusSettings,
+        checks: dict[str, Check],
+        samplers: Sequence[Sampler] = (),
+        *,
+        pages: Mapping[str, Page] | None = None,
+        port: int | None = None,
+    ) -> None:
+        """`port`: another than that of the settings."""
         self._server = uvicorn.Server(
             uvicorn.Config(
-                health_app(checks),
+                health_app(checks, samplers, pages),
                 host=settings.http_host,
-                port=settings.http_port,
+                port=settings.http_port if port is None else port,
                 log_config=None,
                 access_log=False,
                 lifespan="off",
             )
         )
+
+    @property
+    def port(self) -> int | None:
+        """The one it listens on, which may have been chosen by the system; None before it does."""
+        if not self._server.started:
+            return None
+        number: int = self._server.servers[0].sockets[0].getsockname()[1]
+        return number
 
     @contextlib.asynccontextmanager
     async def serving(self) -> AsyncIterator[None]:
@@ -80,9 +98,12 @@ class Service:
         background: Callable[[Service], Awaitable[None]] | None = None,
         on_stop: Callable[[], Awaitable[None]] | None = None,
         resources: Sequence[AbstractAsyncContextManager[object]] = (),
+        observe: Observer | None = None,
+        sample: Callable[[Service], Sequence[Sampler]] | None = None,
     ) -> None:
         """`resources` are open while messages are handled. `background` runs beside the receivers
-        until the process stops (timers, launchers)."""
+        until the process stops (timers, launchers). `observe` is told what was emitted, `sample`
+        makes the samplers of what only this service can look up."""
         self.name = name
         self.settings = settings
         self._commands = commands
@@ -90,6 +111,9 @@ class Service:
         self._background = background
         self._on_stop = on_stop
         self._resources = resources
+        self._observe = observe
+        self._sample = sample
+        self.samplers: list[Sampler] = []
         self.checks: dict[str, Check] = {"starting": _starting, **(checks or {})}
         self.pool: asyncpg.Pool[Any]
         self.js: JetStreamContext
@@ -98,14 +122,16 @@ class Service:
 
     def run(self) -> None:
         logs.configure(self.name, self.settings.log_level)
+        tracing.configure(self.name, self.settings.otlp_url)
         uvloop.run(self.serve())
+        tracing.close()
 
     async def serve(self) -> None:
         """Runs until SIGTERM or SIGINT; then lets what is in hand finish."""
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        async with HealthServer(self.settings, self.checks).serving():
+        async with HealthServer(self.settings, self.checks, self.samplers).serving():
             main = asyncio.create_task(self._serve(stop))
             stopped = asyncio.create_task(stop.wait())
             await asyncio.wait({main, stopped}, return_when=asyncio.FIRST_COMPLETED)
@@ -126,7 +152,7 @@ class Service:
 
     async def _serve_bus(self, stop: asyncio.Event) -> None:
         self.pool = await connect_pool(self.settings.postgres_url)
-        broker = make_broker(self.settings)
+        broker = make_broker(self.settings, metrics.message_middleware(self.name))
         await broker.connect()
         client = self._client = broker.config.connection_state.connection
         self.js = client.jetstream()
@@ -135,7 +161,7 @@ class Service:
         if self._reactions:
             await wait_for_consumer(self.js, EVENTS, self.name)
         outbox = Outbox(self.pool, self.js)
-        self.work = UnitOfWork(self.name, self.pool, outbox)
+        self.work = UnitOfWork(self.name, self.pool, outbox, observe=self._observe)
         self._subscribe(broker)
         tasks = [asyncio.create_task(outbox.relay())]
         tasks.append(asyncio.create_task(self._watch_reconnects(client, outbox)))
@@ -143,6 +169,7 @@ class Service:
             tasks.append(asyncio.create_task(_logged(self._background(self))))
         await broker.start()
         self._set_checks(client)
+        self._set_samplers()
         log.info("ready", service=self.name)
         try:
             await stop.wait()
@@ -207,6 +234,15 @@ class Service:
 
         del self.checks["starting"]
         self.checks |= {"nats": check_nats, "postgres": check_postgres}
+
+    def _set_samplers(self) -> None:
+        consumers = [(COMMANDS, self.name)]
+        if self._reactions:
+            consumers.append((EVENTS, self.name))
+        self.samplers.append(metrics.outbox_sampler(self.name, self.pool))
+        self.samplers.append(metrics.consumers_sampler(self.js, consumers))
+        if self._sample:
+            self.samplers.extend(self._sample(self))
 
     async def _wait_for_schema(self) -> None:
         """A service may start before its migrations have run."""

@@ -18,7 +18,8 @@ SECRETS = "DARKROOM_SECRETS"
 
 
 class BusSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """`nats_url`: of one server, or of several of a cluster, separated by commas."""
+    """`nats_url`: of one server, or of several of a cluster, separated by commas. `otlp_url`: where
+    traces go, such as http://tempo:4318; there are none without it."""
 
     nats_url: str
     nats_user: str
@@ -26,6 +27,7 @@ class BusSettings(msgspec.Struct, frozen=True, kw_only=True):
     http_host: str = "127.0.0.1"
     http_port: int = 0
     log_level: str = "info"
+    otlp_url: str = ""
 
     @property
     def nats_servers(self) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import asyncpg
 
-from shared import errors
+from shared import errors, tracing
 from shared.contracts import envelope as cloud
 from shared.contracts.envelope import Completed, Envelope, Message, Rejected
 from shared.contracts.inference import RunJob
@@ -19,6 +19,8 @@ from shared.outbox import Outbox, OutboxRow, store
 Handler = Callable[[Any, "Tx"], Awaitable[None]]
 T = TypeVar("T")
 Clock = Callable[[], datetime]
+Observer = Callable[[Message], None]
+"""Is told of each message that left with a transaction, once, after its commit."""
 
 
 def utc_now() -> datetime:
@@ -41,6 +43,10 @@ class Tx:
     def emit(self, message: Message) -> None:
         """Adds an event (or work for a queue) to what leaves with this transaction."""
         self._messages.append(message)
+
+    @property
+    def emitted(self) -> list[Message]:
+        return self._messages
 
     def rows(self) -> list[OutboxRow]:
         """The messages as they will be sent; the last event of a command carries its answer."""
@@ -70,6 +76,7 @@ class Tx:
             subject=about,
             now=self.now,
             cause=self.cause,
+            traceparent=tracing.traceparent(),
             answers=answers,
         )
         return OutboxRow(framed.id, subject, cloud.encode(framed), cause_id)
@@ -77,12 +84,18 @@ class Tx:
 
 class UnitOfWork:
     def __init__(
-        self, owner: str, pool: asyncpg.Pool[Any], outbox: Outbox, clock: Clock = utc_now
+        self,
+        owner: str,
+        pool: asyncpg.Pool[Any],
+        outbox: Outbox,
+        clock: Clock = utc_now,
+        observe: Observer | None = None,
     ) -> None:
         self.owner = owner
         self.pool = pool
         self._outbox = outbox
         self._clock = clock
+        self._observe = observe
 
     async def process(self, envelope: Envelope, handler: Handler) -> None:
         """Does the work of one message exactly once, however often it is delivered.
@@ -127,6 +140,9 @@ class UnitOfWork:
             tx = Tx(self.owner, connection, self._clock(), envelope)
             await work(tx)
             rows = await store(connection, tx.rows())
+        if self._observe:
+            for message in tx.emitted:
+                self._observe(message)
         await self._outbox.publish(rows)
         for callback in tx.after_commit:
             await callback()

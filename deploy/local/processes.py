@@ -29,6 +29,7 @@ from shared.settings import read_env_file
 PASS_THROUGH = (
     # all
     "DARKROOM_LOG_LEVEL",
+    "DARKROOM_OTLP_URL",
     "DARKROOM_S3_PUBLIC_URL",
     "DARKROOM_S3_REGION",
     # gateway
@@ -90,7 +91,18 @@ GATEWAYS = "DARKROOM_GATEWAYS"
 """How many gateways to run; read by the supervisor itself."""
 
 KEPT = ("PATH", "HOME", "USER", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
-KEPT_PREFIXES = ("LC_", "SSL_CERT_", "CUDA_", "NVIDIA_", "ROCR_", "OMP_", "MKL_", "NUMBA_", "HF_")
+KEPT_PREFIXES = (
+    "LC_",
+    "SSL_CERT_",
+    "CUDA_",
+    "NVIDIA_",
+    "ROCR_",
+    "OMP_",
+    "MKL_",
+    "NUMBA_",
+    "HF_",
+    "OTEL_",
+)
 """The rest of the shell's environment stays outside: PG…, AWS_… and proxies change behaviour."""
 
 
@@ -166,11 +178,19 @@ def _describe(
             "PYTHONUNBUFFERED": "1",
             **{key: value for key, value in settings.items() if key in PASS_THROUGH},
             **_environment(installation, module),
+            **_metrics_port(installation, name, module),
             **_containers(installation, module, settings),
             "DARKROOM_HTTP_HOST": "127.0.0.1",
             "DARKROOM_HTTP_PORT": str(port),
         },
     )
+
+
+def _metrics_port(installation: Installation, name: str, module: str) -> dict[str, str]:
+    """The others show what they count on the port of their health."""
+    if module != "gateway":
+        return {}
+    return {"DARKROOM_METRICS_PORT": str(installation.ports[f"{name}_metrics"])}
 
 
 def _environment(installation: Installation, module: str) -> dict[str, str]:

@@ -174,15 +174,21 @@ async def _quiet(_: Exception) -> None:
 
 
 async def _declare_stream(jetstream: JetStreamContext, config: StreamConfig) -> bool:
-    """Creates or updates. Returns whether it was created."""
+    """Creates or updates, and keeps the messages. Returns whether it was created. Raises
+    RuntimeError for what can't be changed: the stream stays as it is then."""
     try:
         return bool((await jetstream.add_stream(config)).did_create)
     except BadRequestError as error:
         if error.err_code != STREAM_DIFFERS:
             raise
-        await jetstream.update_stream(config)  # keeps the messages
-        print(f"updated stream {config.name}", flush=True)
-        return False
+    try:
+        await jetstream.update_stream(config)
+    except APIError as error:
+        raise RuntimeError(
+            f"stream {config.name} can't be changed to what is declared: {error.description}"
+        ) from error
+    print(f"updated stream {config.name}", flush=True)
+    return False
 
 
 async def _declare_consumer(

@@ -38,6 +38,8 @@ MAX_CRASHES = 5
 CRASHES_IN_SERVICE = 25
 """One that has worked gets more than ten minutes: what it misses may come back."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
+LAST_WORDS = timedelta(seconds=5)
+"""What a worker has to end by itself after it said that it failed."""
 SETTLED = timedelta(seconds=10)
 """A worker that dies sooner after it was ready counts as one that can't start."""
 
@@ -299,9 +301,14 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True):
     stop_by: datetime | None = None
 
     def report(self, status: str, *, device: str, error: str | None, now: datetime) -> Instance:
-        ready_at = self.ready_at or now if status == READY else self.ready_at
+        """One that has failed ends by itself, so that how it ends is seen, or is killed."""
         return replace(
-            self, status=status, device=device or self.device, error=error, ready_at=ready_at
+            self,
+            status=status,
+            device=device or self.device,
+            error=error,
+            ready_at=self.ready_at or now if status == READY else self.ready_at,
+            stop_by=self.stop_by or now + LAST_WORDS if status == BROKEN else self.stop_by,
         )
 
 
@@ -364,7 +371,7 @@ def make_plan(
     start, release, retire = [], [], []
     for endpoint in endpoints:
         mine = [row for row in rows.values() if row.endpoint_id == endpoint.endpoint_id]
-        counting = [row for row in mine if row.stop_by is None]
+        counting = [row for row in mine if row.stop_by is None or row.status == BROKEN]
         missing = endpoint.wanted_count - len(counting)
         # Those that are still finishing have their devices: together they stay within the quota.
         missing = min(missing, endpoint.max_instance_number - len(mine)) if missing > 0 else missing
@@ -401,11 +408,13 @@ def _least_needed(instances: Iterable[Instance], pulses: Mapping[str, Pulse]) ->
 
 def _time_to_stop(instance: Instance | None, now: datetime, patience: Patience) -> timedelta | None:
     """None for a worker that goes on."""
-    if instance is None or instance.status == BROKEN:
+    if instance is None:
         return patience.stop
-    if instance.stop_by is not None:
-        return patience.drain if now < instance.stop_by else timedelta()
-    return None
+    if instance.stop_by is None:
+        return None
+    if now >= instance.stop_by:
+        return timedelta()
+    return None if instance.status == BROKEN else patience.drain
 
 
 def _ending(
@@ -426,11 +435,9 @@ def _ending(
 
 def _crash(instance: Instance, seen: str | None) -> str | None:
     """What a worker said last, and how it was seen to end."""
-    if instance.stop_by is not None or instance.status == STOPPING:
-        return None
     if instance.status == BROKEN:
         return "; ".join(filter(None, [instance.error or "the worker failed", seen]))
-    return seen
+    return None if instance.stop_by is not None or instance.status == STOPPING else seen
 
 
 def event_after(before: Endpoint, after: Endpoint) -> endpoints.Endpoint | None:

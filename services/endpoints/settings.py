@@ -20,7 +20,10 @@ BUILT_IN: Mapping[str, InstanceType | str] = {
 }
 
 
+ANYWHERE = "0.0.0.0"  # noqa: S104
+
 HANDED_ON = (
+    "otlp_url",
     "cache_bytes",
     "job_seconds",
     "drain_seconds",
@@ -153,6 +156,8 @@ class Settings(ServiceSettings, frozen=True, kw_only=True):
             "DARKROOM_S3_REGION": self.s3_region,
             "DARKROOM_S3_MODELS_BUCKET": self.s3_models_bucket,
             "DARKROOM_S3_JOBS_BUCKET": self.s3_jobs_bucket,
+            # In a container of its own a worker is reached by the container's address.
+            "DARKROOM_HTTP_HOST": self.http_host if self.launcher == "process" else ANYWHERE,
             "DARKROOM_HTTP_PORT": "0",
             "DARKROOM_LOG_LEVEL": self.log_level,
             # Idle threads that spin steal the cores of whatever else runs on this machine.

@@ -141,9 +141,13 @@ class InstanceStore:
         return [Instance(**dict(row)) for row in rows]
 
     async def count(self, endpoint_id: str) -> int:
-        """Without those that were given up."""
+        """Without those that were given up; what has failed is replaced when it is gone."""
         number: int = await self._conn.fetchval(
-            "SELECT count(*) FROM instances WHERE endpoint_id = $1 AND stop_by IS NULL", endpoint_id
+            """
+            SELECT count(*) FROM instances
+            WHERE endpoint_id = $1 AND (stop_by IS NULL OR status = 'failed')
+            """,
+            endpoint_id,
         )
         return number
 

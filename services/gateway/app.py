@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import uvicorn
@@ -14,7 +15,7 @@ from litestar.di import Provide
 from litestar.openapi import OpenAPIConfig
 from litestar.openapi.spec import Components, SecurityScheme
 
-from services.gateway import compat, errors
+from services.gateway import compat, errors, metrics
 from services.gateway.auth import check_api_key
 from services.gateway.bodies import body_check
 from services.gateway.dispatch import Dispatcher
@@ -24,19 +25,20 @@ from services.gateway.routes import ROUTES
 from services.gateway.settings import Settings
 from services.gateway.state import Gateway
 from services.gateway.views import Views
-from shared import bus, logs
+from shared import bus, logs, tracing
 from shared.contracts import endpoints, identity, inference, models
 from shared.contracts import envelope as cloud
 from shared.contracts.registry import type_of
 from shared.contracts.subjects import command_subject
 from shared.postgres import connect_pool
+from shared.service import HealthServer
 from shared.settings import ObjectSettings
 
 log = logs.get_logger(__name__)
 
-OPEN_PATHS = ("/healthz", "/readyz", "/docs", "/api")
+OPEN_PATHS = ("/healthz", "/readyz", "/docs", "/api", "/asyncapi")
 """Served without an API key: health for orchestrators, and the public description of the API."""
-ALWAYS = ("/healthz", "/readyz", "/docs", "/api", "/ping")
+ALWAYS = (*OPEN_PATHS, "/ping")
 """Served while the servers behind are still waited for."""
 
 Asgi = Callable[[Any, Any, Any], Awaitable[None]]
@@ -71,9 +73,38 @@ def _make_app(gateway: Gateway) -> Litestar:
                 }
             ),
         ),
+        middleware=_middleware(),
         lifespan=[lambda _: _opened(gateway)],
         logging_config=None,
     )
+
+
+def _middleware() -> list[Any]:
+    """Litestar's own, for metrics and, where somebody collects them, traces."""
+    if not tracing.enabled():
+        return [metrics.HTTP.middleware]
+    from litestar.plugins.opentelemetry import OpenTelemetryConfig
+
+    def on_request(span: Any, scope: dict[str, Any]) -> None:
+        span.set_attribute("darkroom.correlation_id", scope["state"]["correlation_id"])
+
+    traces = OpenTelemetryConfig(
+        scope_span_details_extractor=lambda scope: (str(scope.get("method")), {}),
+        server_request_hook_handler=on_request,
+        exclude=["^/healthz$", "^/readyz$"],
+        exclude_spans=["receive", "send"],
+    )
+    return [traces.middleware, _named_by_route, metrics.HTTP.middleware]
+
+
+def _named_by_route(app: Asgi) -> Asgi:
+    """Litestar puts its traces around the routing, where the route is not known yet."""
+
+    async def named(scope: Any, receive: Any, send: Any) -> None:
+        tracing.name_span(f"{scope['method']} {scope['path_template']}")
+        await app(scope, receive, send)
+
+    return named
 
 
 @contextlib.asynccontextmanager
@@ -81,11 +112,26 @@ async def _opened(gateway: Gateway) -> AsyncIterator[None]:
     opening = asyncio.create_task(_open(gateway))
     opening.add_done_callback(_end_if_failed)
     try:
-        yield
+        async with _showing_metrics(gateway):
+            yield
     finally:
         while not opening.done():
             opening.cancel()
             await asyncio.wait({opening}, timeout=1)  # a library may swallow the first
+        await asyncio.to_thread(tracing.close)  # uvicorn ends this process by a signal
+
+
+def _showing_metrics(gateway: Gateway) -> AbstractAsyncContextManager[None]:
+    settings = gateway.settings
+    if not settings.metrics_port:
+        return contextlib.nullcontext()
+    return HealthServer(
+        settings,
+        gateway.checks,
+        gateway.samplers,
+        pages={"/workers": gateway.list_workers},
+        port=settings.metrics_port,
+    ).serving()
 
 
 def _end_if_failed(opening: asyncio.Task[None]) -> None:
@@ -136,10 +182,16 @@ async def _open(gateway: Gateway) -> None:
         gateway.hub = Hub(gateway.projector, js)
         await gateway.hub.follow_progress(client)
         await gateway.pulses.follow(client)
+        gateway.samplers.append(metrics.log_sampler(js, lambda: gateway.projector.seq))
+        metrics.STREAMS.set_function(lambda: gateway.hub.count)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(gateway.projector.run())
             tasks.create_task(gateway.dispatcher.forget_old_keys())
             await gateway.projector.complete.wait()  # before that, nobody would be known here
+            gateway.checks |= {
+                "postgres": lambda: gateway.pool.fetchval("SELECT 1"),
+                "s3": gateway.objects.check,
+            }
             gateway.ready = True
             log.info("ready", service="gateway")
 
@@ -171,12 +223,12 @@ class Gate:
         elif path not in OPEN_PATHS and not check_api_key(
             headers.get(b"x-api-key"), self._settings.api_key_sha256
         ):
-            await _answer(send, 403, errors.body(403, "x-api-key is missing or wrong"))
+            await _refuse(send, 403, "x-api-key is missing or wrong")
         elif "\0" in path or b"%00" in scope["query_string"]:
-            await _answer(send, 400, errors.body(400, "the URL holds %00; leave it out"))
+            await _refuse(send, 400, "the URL holds %00; leave it out")
         elif path not in ALWAYS and not self._gateway.ready:
             message = "Darkroom is starting; try again"
-            await _answer(send, 503, errors.body(503, message), [(b"retry-after", b"2")])
+            await _refuse(send, 503, message, [(b"retry-after", b"2")])
         else:
             await self._app(scope, receive, send)
 
@@ -205,6 +257,13 @@ class Gate:
         return with_headers
 
 
+async def _refuse(
+    send: Any, status: int, message: str, headers: list[tuple[bytes, bytes]] | None = None
+) -> None:
+    metrics.REFUSED.labels(status).inc()
+    await _answer(send, status, errors.body(status, message), headers)
+
+
 async def _answer(
     send: Any, status: int, body: bytes, headers: list[tuple[bytes, bytes]] | None = None
 ) -> None:
@@ -220,6 +279,7 @@ def make_asgi(settings: Settings, object_settings: ObjectSettings) -> Asgi:
 
 def run(settings: Settings, object_settings: ObjectSettings) -> None:
     logs.configure("gateway", settings.log_level)
+    tracing.configure("gateway", settings.otlp_url)
     uvicorn.run(
         make_asgi(settings, object_settings),
         host=settings.http_host,

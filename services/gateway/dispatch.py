@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import time
 import uuid
 from typing import Any
 
@@ -14,7 +15,9 @@ from nats.aio.client import Client
 from nats.js import JetStreamContext
 
 from services.gateway.errors import ApiError, Unanswered, Unavailable, rejection
+from services.gateway.metrics import COMMAND
 from services.gateway.projections import Event, Outcome, outcome_of
+from shared import tracing
 from shared.contracts import envelope as cloud
 from shared.contracts.envelope import Command
 from shared.contracts.registry import type_of
@@ -99,13 +102,30 @@ class Dispatcher:
         self._waiting.setdefault(id_, []).append(future)
         try:
             known = await self._recall(id_, ticket) if ticket.repeatable else None
-            outcome = known or await self._publish_and_wait(command, ticket, id_, future)
+            outcome = known or await self._measure(command, ticket, id_, future)
         finally:
             self._waiting[id_].remove(future)
             if not self._waiting[id_]:
                 del self._waiting[id_]
         if outcome.code:
             raise rejection(outcome.code, outcome.message)
+
+    async def _measure(
+        self, command: Command, ticket: Ticket, id_: str, future: asyncio.Future[Outcome]
+    ) -> Outcome:
+        name, began, how = type_of(command), time.perf_counter(), "unanswered"
+        attributes = {
+            "messaging.system": "nats",
+            "messaging.message.id": id_,
+            "darkroom.job_id": getattr(command, "job_id", None),
+        }
+        try:
+            with tracing.span(f"send {name}", kind="producer", attributes=attributes):
+                outcome = await self._publish_and_wait(command, ticket, id_, future)
+            how = "rejected" if outcome.code else "done"
+            return outcome
+        finally:
+            COMMAND.labels(name, how).observe(time.perf_counter() - began)
 
     async def _publish_and_wait(
         self, command: Command, ticket: Ticket, id_: str, future: asyncio.Future[Outcome]
@@ -142,7 +162,7 @@ class Dispatcher:
             subject=ticket.actor,
             correlation_id=ticket.correlation_id,
             actor=ticket.actor,
-            traceparent=ticket.traceparent,
+            traceparent=tracing.traceparent() or ticket.traceparent,
         )
         return await self._js.publish_async(
             command_subject(type_name), cloud.encode(framed), headers={"Nats-Msg-Id": id_}

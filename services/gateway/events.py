@@ -140,6 +140,11 @@ class Hub:
         self._told = 0
         projector.listeners.append(self._on_events)
 
+    @property
+    def count(self) -> int:
+        """Clients that follow events."""
+        return len(self._listeners)
+
     async def follow_progress(self, client: Client) -> None:
         await client.subscribe("progress.*", cb=self._on_telemetry)
 

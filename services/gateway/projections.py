@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -19,6 +20,7 @@ from nats.aio.msg import Msg
 from nats.js import JetStreamContext
 from nats.js.api import ConsumerConfig, DeliverPolicy
 
+from shared import tracing
 from shared.contracts import envelope as cloud
 from shared.contracts.endpoints import Endpoint
 from shared.contracts.envelope import Envelope, Message, Rejected, State
@@ -226,6 +228,7 @@ class Projector:
                 continue
             events = [event for event in map(read, messages) if event]
             last = max(m.metadata.sequence.stream for m in messages)
+            began = time.time()
             known = await self._apply_until_done(events, last)
             if generation != self._generation:
                 continue  # they come once more
@@ -241,6 +244,7 @@ class Projector:
             self._check_complete()
             self._moved.set()
             self._moved.clear()
+            _trace(events, began)
             for listener in self.listeners:
                 listener(events)
 
@@ -364,6 +368,22 @@ class Projector:
             return await asyncio.wait_for(settled, seconds)
         except TimeoutError:
             return None
+
+
+def _trace(events: list[Event], began: float) -> None:
+    """The end of the way that a message takes: from here on everybody sees what it says."""
+    if not tracing.enabled():
+        return
+    for event in events:
+        if event.envelope.traceparent:
+            tracing.record(
+                f"apply {event.envelope.type}",
+                kind="consumer",
+                parent=event.envelope.traceparent,
+                began=began,
+                ended=time.time(),
+                attributes={"messaging.message.id": event.envelope.id},
+            )
 
 
 def is_settled(state: State) -> bool:

@@ -40,9 +40,12 @@ class Pulses:
 
     def of(self, endpoint_id: str) -> list[InstanceBeat]:
         """By instance id."""
+        return [beat for beat in self.all() if beat.endpoint_id == endpoint_id]
+
+    def all(self) -> list[InstanceBeat]:
+        """By instance id."""
         self._forget_stale()
-        beats = (beat for _, beat in self._beats.values() if beat.endpoint_id == endpoint_id)
-        return sorted(beats, key=lambda beat: beat.instance_id)
+        return sorted((beat for _, beat in self._beats.values()), key=lambda b: b.instance_id)
 
     def _forget_stale(self) -> None:
         oldest = asyncio.get_running_loop().time() - FRESH

@@ -26,3 +26,6 @@ class Settings(ServiceSettings, frozen=True, kw_only=True):
     endpoint_prefix: str = ""
     """`esd` names endpoints `esd-async-NAME`; empty leaves names as they are given."""
     cors_origin: str = ""
+    metrics_port: int = 0
+    """Where `/metrics` is, and `/workers` for their discovery; not on the port of the API, whose
+    clients have no business with them. 0: nowhere."""

@@ -12,10 +12,14 @@ from services.gateway.auth import Authenticator, Person
 from services.gateway.dispatch import Dispatcher, Ticket, make_ticket
 from services.gateway.errors import ApiError, Unavailable
 from services.gateway.events import Hub
+from services.gateway.metrics import targets
 from services.gateway.projections import Directory, Projector
 from services.gateway.pulses import Pulses
 from services.gateway.settings import Settings
 from services.gateway.views import Views
+from shared import tracing
+from shared.health import Check
+from shared.metrics import Sampler
 from shared.objects import Objects
 from shared.settings import ObjectSettings
 
@@ -35,11 +39,21 @@ class Gateway:
         self.objects = Objects(object_settings)
         self.pulses = Pulses()
         self.ready = False
+        self.checks: dict[str, Check] = {"nats": self._check_log}
+        self.samplers: list[Sampler] = []
         self.pool: asyncpg.Pool[Any]
         self.views: Views
         self.projector: Projector
         self.dispatcher: Dispatcher
         self.hub: Hub
+
+    async def list_workers(self) -> bytes:
+        """For whoever scrapes their metrics."""
+        return targets(self.pulses.all())
+
+    async def _check_log(self) -> None:
+        if not self.ready or not self.projector.healthy:
+            raise RuntimeError("not following the event log yet")
 
     async def authorize(self, request: Request[Any, Any, Any], permission: str | None) -> Person:
         """Raises ApiError 401 without a valid person, 403 without the permission."""
@@ -63,7 +77,7 @@ class Gateway:
             route=f"{request.method} {request.url.path}",
             key=request.headers.get("idempotency-key"),
             body=await request.body(),
-            traceparent=_traceparent(request.headers.get("traceparent")),
+            traceparent=(tracing.traceparent() or _traceparent(request.headers.get("traceparent"))),
         )
 
 

@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import Awaitable, Callable
 from functools import partial
 
+from services.inference import metrics
 from services.inference.commands import move_job, remove_leftovers
 from services.inference.settings import Settings
 from services.inference.store import JobStore
@@ -53,6 +54,8 @@ def build(settings: Settings, object_settings: ObjectSettings) -> Service:
         checks={"s3": objects.check},
         background=look_after,
         resources=[objects.open()],
+        observe=metrics.observe,
+        sample=lambda service: [metrics.queues_sampler(service.pool)],
     )
     return service
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import datetime
 
 from services.inference.domain import (
     Endpoint,
@@ -69,13 +70,14 @@ async def start_job(cmd: inference.StartJob, tx: Tx, *, objects: Objects) -> Non
         raise Rejected(
             "inference.no_endpoint", inference_type=job.inference_type, username=cmd.username
         )
-    if not await _has_params(job, objects):
+    params_at = await _find_params(job, objects)
+    if params_at is None:
         missing = Rejected("inference.params_missing", job_id=job.job_id)
         failed = job.fail(missing.message, now=tx.now)
         await jobs.save(failed)
         tx.emit(inference.JobFailed.of(failed))
         return
-    started = job.start(endpoint, starter, now=tx.now)
+    started = job.start(endpoint, starter, params_at=params_at, now=tx.now)
     await jobs.save(started)
     tx.emit(inference.JobStarted.of(started))
     tx.emit(_work_of(started, endpoint, models))
@@ -108,9 +110,10 @@ def _work_of(job: Job, endpoint: Endpoint, models: list[inference.UsedModel]) ->
     )
 
 
-async def _has_params(job: Job, objects: Objects) -> bool:
+async def _find_params(job: Job, objects: Objects) -> datetime | None:
+    """When they came; None while there are none."""
     try:
-        return await objects.size(job.bucket, job.params_key) is not None
+        return await objects.written_at(job.bucket, job.params_key)
     except S3_AWAY as error:
         raise Retry(f"object store: {error!r}") from error
 
@@ -150,7 +153,7 @@ async def report_job_started(cmd: inference.ReportJobStarted, tx: Tx) -> None:
         return
     if cmd.endpoint_id not in ("", job.endpoint_id):
         return  # it was moved meanwhile, which that worker hears
-    taken = job.take(cmd.attempt)
+    taken = job.take(cmd.attempt, instance_id=cmd.instance_id, seconds=cmd.seconds, now=tx.now)
     await store.save(taken)
     tx.emit(inference.JobTaken.of(taken))
 

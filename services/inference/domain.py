@@ -50,6 +50,9 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     seconds: dict[str, float] = {}
     warnings: list[str] = []
     cancelled: bool = False
+    params_at: datetime | None = None
+    taken_at: datetime | None = None
+    instance_id: str | None = None
     version: int = 1
     deleted: bool = False
 
@@ -79,10 +82,13 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         if self.status not in (CREATED, INPROGRESS) and not self.cancelled:
             raise Rejected("inference.not_cancellable", job_id=self.job_id, status=self.status)
 
-    def start(self, endpoint: Endpoint, starter: Starter, *, now: datetime) -> Job:
+    def start(
+        self, endpoint: Endpoint, starter: Starter, *, params_at: datetime, now: datetime
+    ) -> Job:
         return replace(
             self,
             status=INPROGRESS,
+            params_at=params_at,
             starter=starter,
             endpoint_id=endpoint.endpoint_id,
             endpoint_name=endpoint.endpoint_name,
@@ -101,8 +107,17 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
             version=self.version + 1,
         )
 
-    def take(self, attempt: int) -> Job:
-        return replace(self, attempt=attempt, version=self.version + 1)
+    def take(
+        self, attempt: int, *, instance_id: str, seconds: dict[str, float], now: datetime
+    ) -> Job:
+        return replace(
+            self,
+            attempt=attempt,
+            instance_id=instance_id,
+            seconds=seconds,
+            taken_at=now,
+            version=self.version + 1,
+        )
 
     def succeed(
         self,

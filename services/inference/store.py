@@ -16,6 +16,15 @@ from shared.contracts.envelope import State
 S = TypeVar("S", bound=State)
 
 
+class Queue(msgspec.Struct, frozen=True):
+    """The unfinished jobs of an endpoint: those that no worker has begun, and the others."""
+
+    endpoint_name: str
+    waiting: int
+    running: int
+    oldest_seconds: float
+
+
 class JobStore:
     def __init__(self, conn: Any) -> None:
         self._conn = conn
@@ -27,7 +36,7 @@ class JobStore:
             SELECT job_id, owner, inference_type, task_type, status, models, bucket, params_key,
                    endpoint_id, endpoint_name, instance_type, starter, created_at, started_at,
                    completed_at, attempt, image_names, info_name, reason, seconds, warnings,
-                   cancelled, version, deleted
+                   cancelled, params_at, taken_at, instance_id, version, deleted
             FROM jobs WHERE job_id = $1 FOR UPDATE
             """,
             job_id,
@@ -40,7 +49,7 @@ class JobStore:
             SELECT job_id, owner, inference_type, task_type, status, models, bucket, params_key,
                    endpoint_id, endpoint_name, instance_type, starter, created_at, started_at,
                    completed_at, attempt, image_names, info_name, reason, seconds, warnings,
-                   cancelled, version, deleted
+                   cancelled, params_at, taken_at, instance_id, version, deleted
             FROM jobs ORDER BY created_at, job_id
             """
         )
@@ -69,6 +78,19 @@ class JobStore:
             endpoint_ids,
         )
         return {row["endpoint_id"]: row["jobs"] for row in rows}
+
+    async def list_queues(self) -> list[Queue]:
+        """One of each endpoint that has unfinished jobs."""
+        rows = await self._conn.fetch(
+            """
+            SELECT endpoint_name, count(*) FILTER (WHERE attempt = 0) AS waiting,
+                   count(*) FILTER (WHERE attempt > 0) AS running,
+                   coalesce(extract(epoch FROM now() - min(started_at)
+                       FILTER (WHERE attempt = 0)), 0)::float8 AS oldest_seconds
+            FROM jobs WHERE status = 'inprogress' AND NOT deleted GROUP BY endpoint_name
+            """
+        )
+        return [Queue(**dict(row)) for row in rows]
 
     async def add(self, job: Job) -> bool:
         """False if there is one of this id."""
@@ -107,7 +129,8 @@ class JobStore:
                 status = $2, endpoint_id = $3, endpoint_name = $4, instance_type = $5,
                 started_at = $6, completed_at = $7, attempt = $8, image_names = $9,
                 info_name = $10, reason = $11, seconds = $12, warnings = $13, cancelled = $14,
-                version = $15, deleted = $16, starter = $17
+                version = $15, deleted = $16, starter = $17, params_at = $18, taken_at = $19,
+                instance_id = $20
             WHERE job_id = $1
             """,
             job.job_id,
@@ -127,6 +150,9 @@ class JobStore:
             job.version,
             job.deleted,
             job.starter,
+            job.params_at,
+            job.taken_at,
+            job.instance_id,
         )
 
 

@@ -63,7 +63,8 @@ class ReportInstance(Command, frozen=True, kw_only=True):
 class InstanceBeat(Message, frozen=True, kw_only=True):
     """Telemetry on core NATS, never stored: a worker lives, and how. `memory`: bytes that are taken
     of its device, of `memory_total`; on a CPU by its engine, of the machine's. `models`: names of
-    what is loaded. `jobs`: ids of what it has begun. Emitter: worker."""
+    what is loaded. `jobs`: ids of what it has begun. What it counts is at
+    `http://{address}/metrics`. Emitter: worker."""
 
     endpoint_id: str
     instance_id: str
@@ -73,6 +74,8 @@ class InstanceBeat(Message, frozen=True, kw_only=True):
     memory_total: int = 0
     models: list[str] = []
     jobs: list[str] = []
+    endpoint_name: str = ""
+    address: str = ""
 
 
 class ResyncEndpoints(Command, frozen=True, kw_only=True):

@@ -84,11 +84,13 @@ class DeleteJobs(Command, frozen=True, kw_only=True):
 
 
 class ReportJobStarted(Command, frozen=True, kw_only=True):
-    """A worker has taken the job. `attempt` counts deliveries, from 1."""
+    """A worker has taken the job. `attempt` counts deliveries, from 1. `seconds`: the stages that
+    lie behind it (fetch, line)."""
 
     job_id: str
     instance_id: str
     attempt: int
+    seconds: dict[str, float] = {}
     endpoint_id: str = ""
 
 
@@ -119,7 +121,9 @@ class ResyncInference(Command, frozen=True, kw_only=True):
 
 class Job(State, frozen=True, kw_only=True):
     """`status`: created, inprogress, succeed, failed (with `reason`). ESD's own spelling.
-    `cancelled`: it failed because somebody wanted it no more."""
+    `cancelled`: it failed because somebody wanted it no more. `params_at`: when its params came;
+    `taken_at`, `instance_id`: when the last attempt began, and the worker; `seconds`: stage name ->
+    duration, of the last attempt, as far as it has come."""
 
     job_id: str
     owner: str
@@ -142,6 +146,9 @@ class Job(State, frozen=True, kw_only=True):
     seconds: dict[str, float] = {}
     warnings: list[str] = []
     cancelled: bool = False
+    params_at: datetime | None = None
+    taken_at: datetime | None = None
+    instance_id: str | None = None
 
 
 class JobCreated(Job, frozen=True, kw_only=True): ...

@@ -150,11 +150,16 @@ def _token(text: str) -> str:
 
 def aggregate_of(message: Message) -> tuple[str, str]:
     """The kind and id of what an event speaks of: `("checkpoint", "d613…")`."""
-    for struct in type(message).__mro__:
-        if struct in _AGGREGATES:
-            kind, field = _AGGREGATES[struct]
-            return kind, getattr(message, field)
-    raise TypeError(f"{type(message).__name__} is no event")
+    kind, field = aggregate_kind(type(message))
+    return kind, getattr(message, field)
+
+
+def aggregate_kind(struct: type[Message]) -> tuple[str, str]:
+    """The kind, and the field that holds its id: `("checkpoint", "checkpoint_id")`."""
+    for ancestor in struct.__mro__:
+        if ancestor in _AGGREGATES:
+            return _AGGREGATES[ancestor]
+    raise TypeError(f"{struct.__name__} is no event")
 
 
 def command_subject(type_name: str) -> str:
@@ -235,6 +240,7 @@ PERMISSIONS: dict[str, Permissions] = {
                 if is_command(name) and command_subject(name) not in _WORKER_SUBJECTS
             ),
             f"$JS.API.STREAM.INFO.{EVENTS}",
+            f"$JS.API.STREAM.INFO.{DEAD}",
             f"$JS.API.CONSUMER.CREATE.{EVENTS}",  # the form of an ordered consumer
             f"$JS.API.CONSUMER.CREATE.{EVENTS}.>",
             f"$JS.API.CONSUMER.INFO.{EVENTS}.>",

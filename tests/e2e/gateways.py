@@ -30,7 +30,8 @@ def process_of(
     """One of the stack's processes, started by hand on a port of its own."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    environment = {**usual.environment, "DARKROOM_HTTP_PORT": str(port), **settings}
+    ports = {"DARKROOM_HTTP_PORT": str(port), "DARKROOM_METRICS_PORT": "0"}
+    environment = {**usual.environment, **ports, **settings}
     log = stack.installation.log(f"{usual.name}-{port}")
     with open(log, "ab") as output:
         process = subprocess.Popen(

@@ -223,9 +223,11 @@ def test_only_a_death_that_was_watched_counts_as_a_crash() -> None:
     assert plan_for(endpoint, [stopping], dead("i1", "exit code 0"))[0] == [("i1", None)]
 
 
-def test_a_worker_that_fails_is_stopped_and_its_last_words_are_kept() -> None:
-    broken = make_instance(status="failed", error="no such device")
-    assert plan_for(make_endpoint(), [broken], alive("i1")) == ([], ["i1"], 0, False)
+def test_a_worker_that_fails_has_time_to_end_and_its_last_words_are_kept() -> None:
+    """Nobody takes its place before that: how it ends says whether another would do better."""
+    broken = make_instance().report("failed", device="", error="no such device", now=NOW)
+    assert plan_for(make_endpoint(), [broken], alive("i1")) == ([], [], 0, False)
+    assert plan_for(make_endpoint(), [broken], alive("i1"), now=LATER) == ([], ["i1"], 0, False)
     ended = dead("i1", "the worker exited with code 1: Traceback")
     assert plan_for(make_endpoint(), [broken], ended)[0] == [
         ("i1", "no such device; the worker exited with code 1: Traceback")

@@ -70,8 +70,10 @@ def make_checkpoint(**fields: object) -> Checkpoint:
 
 
 def test_a_job_says_when_each_of_its_states_began_and_counts_its_versions() -> None:
-    started = make_job().start(make_endpoint("e"), ALICE, now=NOW)
-    taken = started.take(2)
+    uploaded, begun = NOW - timedelta(seconds=3), NOW + timedelta(seconds=2)
+    started = make_job().start(make_endpoint("e"), ALICE, params_at=uploaded, now=NOW)
+    taken = started.take(2, instance_id="i", seconds={"fetch": 0.5}, now=begun)
+    assert taken.seconds == {"fetch": 0.5}
     done = taken.succeed(
         attempt=1,
         image_names=["image_0.png"],
@@ -83,6 +85,8 @@ def test_a_job_says_when_each_of_its_states_began_and_counts_its_versions() -> N
     event = inference.JobSucceeded.of(done)
     assert (event.version, event.status, event.attempt) == (4, "succeed", 2)
     assert (event.started_at, event.completed_at) == (NOW, NOW + timedelta(seconds=9))
+    assert (event.params_at, event.taken_at, event.instance_id) == (uploaded, begun, "i")
+    assert event.seconds == {"render": 1.5}
     assert (event.endpoint_name, event.instance_type) == ("e", "local.cpu")
 
 

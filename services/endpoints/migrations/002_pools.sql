@@ -8,6 +8,16 @@ ALTER TABLE endpoints
     ALTER COLUMN min_instance_number DROP DEFAULT,
     ALTER COLUMN scaled_to SET NOT NULL;
 
+-- A process of the version before this one adds endpoints and knows neither; they do not scale.
+CREATE FUNCTION fill_scaling() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    NEW.min_instance_number := coalesce(NEW.min_instance_number, NEW.max_instance_number);
+    NEW.scaled_to := coalesce(NEW.scaled_to, NEW.max_instance_number);
+    RETURN NEW;
+END $$;
+CREATE TRIGGER fill_scaling BEFORE INSERT ON endpoints
+    FOR EACH ROW EXECUTE FUNCTION fill_scaling();
+
 -- An endpoint that is being deleted keeps its row until its workers are gone, but not its name.
 UPDATE endpoints SET endpoint_status = 'Deleted' WHERE released AND deleted;
 UPDATE endpoints SET deleted = false WHERE NOT released AND deleted;

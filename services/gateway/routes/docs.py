@@ -1,4 +1,5 @@
-"""The description of the API: as OpenAPI 3.1 for programs, as a page for people."""
+"""The description of the API: as OpenAPI 3.1 for programs, as a page for people; and of the events
+on the bus, as AsyncAPI 3.0."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import msgspec
 from litestar import Litestar, MediaType, Request, Response, get
 
 from services.gateway.routes.answers import errors
+from shared.contracts import asyncapi
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
@@ -45,6 +47,17 @@ async def get_api(request: Request[Any, Any, Any]) -> dict[str, Any]:
     return _describe(request.app)
 
 
+@cache
+def _describe_events() -> dict[str, Any]:
+    return asyncapi.document()
+
+
+@get("/asyncapi", operation_id="GetAsyncApi", tags=["Description"], responses=errors())
+async def get_asyncapi() -> dict[str, Any]:
+    """The events on the bus, for programs that subscribe at NATS, as AsyncAPI 3.0."""
+    return _describe_events()
+
+
 @get("/docs", include_in_schema=False, media_type=MediaType.HTML)
 async def get_docs(request: Request[Any, Any, Any]) -> Response[str]:
     """The same for people. One page, no scripts, nothing fetched from elsewhere."""
@@ -68,7 +81,8 @@ def render(api: dict[str, Any]) -> str:
         f"<meta name=viewport content='width=device-width'><style>{STYLE}</style>"
         f"<h1>{escape(info['title'])} <small>{escape(info['version'])}</small></h1>"
         f"<p>{escape(info.get('description', ''))}</p>"
-        f"<p>Machine-readable: <a href='api'><code>GET /api</code></a></p>{body}</html>"
+        "<p>Machine-readable: <a href='api'><code>GET /api</code></a>; the events on the bus: "
+        f"<a href='asyncapi'><code>GET /asyncapi</code></a></p>{body}</html>"
     )
 
 
@@ -127,4 +141,4 @@ def _type(api: dict[str, Any], schema: dict[str, Any]) -> str:
     return " or ".join(kind) if isinstance(kind, list) else str(kind)
 
 
-ROUTES = [get_api, get_docs]
+ROUTES = [get_api, get_asyncapi, get_docs]

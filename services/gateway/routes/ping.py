@@ -23,17 +23,7 @@ async def healthz() -> dict[str, str]:
 
 @get("/readyz", include_in_schema=False, media_type=MediaType.JSON)
 async def readyz(gateway: Gateway) -> Response[dict[str, Any]]:
-    async def started() -> None:
-        if not gateway.ready or not gateway.projector.healthy:
-            raise RuntimeError("not following the event log yet")
-
-    checks: dict[str, Any] = {"nats": started}
-    if gateway.ready:
-        checks |= {
-            "postgres": lambda: gateway.pool.fetchval("SELECT 1"),
-            "s3": gateway.objects.check,
-        }
-    results = await run_checks(checks)
+    results = await run_checks(gateway.checks)
     ready = gateway.ready and all(result == "ok" for result in results.values())
     return Response({"ready": ready, "checks": results}, status_code=200 if ready else 503)
 

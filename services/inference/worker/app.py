@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ from services.inference.worker.cache import ModelCache
 from services.inference.worker.engine import EngineDied, EngineProcess
 from services.inference.worker.hand import Hand
 from services.inference.worker.job import Tools
+from services.inference.worker.metrics import worker_sampler
 from services.inference.worker.reports import Reports
 from services.inference.worker.settings import Settings
-from shared import logs
+from shared import logs, tracing
 from shared.bus import make_broker, wait_for_consumer
 from shared.contracts.subjects import BEAT, JOBS, jobs_durable
 from shared.health import Check
+from shared.metrics import Sampler
 from shared.objects import Objects
 from shared.service import HealthServer
 from shared.settings import ObjectSettings
@@ -53,17 +56,25 @@ class Worker:
             settings.engine, settings.device, cache, settings.engine_options
         )
         self._checks: dict[str, Check] = {"starting": _starting}
+        self._samplers: list[Sampler] = []
+        self._health = HealthServer(settings, self._checks, self._samplers)
 
     def run(self) -> int:
         """The exit code: 0 when stopped or when the endpoint is gone, 1 when the engine is."""
-        logs.configure("worker", self._settings.log_level)
-        return uvloop.run(self.serve())
+        settings = self._settings
+        logs.configure("worker", settings.log_level)
+        tracing.configure(
+            "worker", settings.otlp_url, **{"service.instance.id": settings.instance_id}
+        )
+        code = uvloop.run(self.serve())
+        tracing.close()
+        return code
 
     async def serve(self) -> int:
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        async with HealthServer(self._settings, self._checks).serving(), self._objects.open():
+        async with self._health.serving(), self._objects.open():
             try:
                 return await self._serve(stop)
             finally:
@@ -99,6 +110,9 @@ class Worker:
         self._pull(broker, hand)
         await broker.start()
         self._set_checks(client, js)
+        self._samplers.append(
+            worker_sampler(self._settings.device, lambda: self._engine.well, lambda: hand.counts)
+        )
         watching = asyncio.create_task(self._watch(client, js, reports))
         beating = asyncio.create_task(self._beat(reports, hand))
         log.info("ready", endpoint_id=self._settings.endpoint_id, device=self._settings.device)
@@ -166,8 +180,19 @@ class Worker:
         while True:
             with contextlib.suppress(EngineDied):  # whoever has the job knows it
                 await self._engine.look()
-            await reports.beat(self._settings.device, self._engine.well, hand.begun)
+            await reports.beat(
+                self._settings.device, self._engine.well, hand.begun, address=self._address()
+            )
             await asyncio.sleep(BEAT)
+
+    def _address(self) -> str:
+        """Where others reach `/metrics`; empty while nobody does."""
+        settings = self._settings
+        if settings.http_address or self._health.port is None:
+            return settings.http_address
+        anywhere = settings.http_host in ("0.0.0.0", "::")  # noqa: S104
+        host = socket.gethostname() if anywhere else settings.http_host
+        return f"{host}:{self._health.port}"
 
     async def _is_gone(self, js: JetStreamContext) -> bool:
         try:

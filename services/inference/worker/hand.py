@@ -37,6 +37,12 @@ class Hand:
         self._durable = jobs_durable(tools.settings.endpoint_id)
         self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Jobs in hand: those that wait, and those that have been begun."""
+        begun = sum(held.begun for held in self._held.values())
+        return len(self._held) - begun, begun
+
     async def receive(self, message: NatsMessage) -> None:
         """Returns when there is nothing in hand any more; until then it takes what is waiting."""
         if self._stopping:

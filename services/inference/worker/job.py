@@ -20,6 +20,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import msgspec
@@ -28,6 +29,7 @@ from nats.aio.msg import Msg
 from nats.js import JetStreamContext
 from nats.js.errors import NotFoundError
 
+from services.inference.worker import metrics
 from services.inference.worker.cache import ModelCache
 from services.inference.worker.engine import (
     EngineDied,
@@ -40,7 +42,7 @@ from services.inference.worker.engine import (
 from services.inference.worker.fetching import get_params, put
 from services.inference.worker.reports import Progress, Report, Reports
 from services.inference.worker.settings import Settings
-from shared import logs
+from shared import logs, tracing
 from shared.bus import heartbeat
 from shared.contracts import envelope as cloud
 from shared.contracts.envelope import Envelope
@@ -100,7 +102,8 @@ class HeldJob:
         again = False
         try:
             async with heartbeat(self._message, every=JOB_HEARTBEAT), self._fate():
-                again = not await self._finish()
+                with self._traced():
+                    again = not await self._finish()
                 if not again:
                     await self._ack()
         except asyncio.CancelledError:
@@ -108,6 +111,20 @@ class HeldJob:
             raise
         if again:
             await self._message.nak(delay=0 if self._given_back else PAUSE)
+
+    def _traced(self) -> AbstractContextManager[Any]:
+        settings = self.tools.settings
+        return tracing.span(
+            "run job",
+            kind="consumer",
+            parent=self._envelope.traceparent,
+            attributes={
+                "darkroom.job_id": self.job.job_id,
+                "darkroom.task_type": self.job.task_type,
+                "darkroom.endpoint": settings.endpoint_name or settings.endpoint_id,
+                "darkroom.correlation_id": self._envelope.correlation_id,
+            },
+        )
 
     async def give_back(self) -> None:
         """To the queue, for a worker that has nothing to do; unless it has been begun."""
@@ -188,6 +205,7 @@ class HeldJob:
             return True
         if not self.begun:
             return False
+        metrics.INTERRUPTED.inc()
         self.tools.causes[self.job.job_id] = cause
         if self.attempt < MAX_ATTEMPTS:
             return False
@@ -201,7 +219,8 @@ class HeldJob:
             if self._given_back or self.unwanted.is_set():
                 raise JobGone(job.job_id)
             fetched = time.monotonic()
-            following = _Reporting(self)
+            tracing.record_stages({"fetch": fetched - came})
+            following = _Reporting(self, {"fetch": round(fetched - came, 3)})
             result = await tools.engine.run(
                 job,
                 params,
@@ -211,20 +230,22 @@ class HeldJob:
                 alone=self.attempt > 0,
             )
         rendered = time.monotonic()
-        image_names, info_name = await self._upload(result)
+        tracing.record_stages(result.seconds)
+        with tracing.span("upload", attributes={"darkroom.images": len(result.images)}):
+            image_names, info_name = await self._upload(result)
         uploaded = time.monotonic()
         report = ReportJobSucceeded(
             **self.about(),
             image_names=image_names,
             info_name=info_name,
             seconds={
-                "fetch": round(fetched - came, 3),
-                "line": round(following.began - fetched, 3),
+                **following.seconds,
                 **result.seconds,
                 "upload": round(uploaded - rendered, 3),
             },
             warnings=result.warnings,
         )
+        metrics.IMAGES.inc(len(image_names))
         await self.report(report)
         log.info("job_done", images=len(image_names), seconds=round(uploaded - came, 3))
 
@@ -245,7 +266,8 @@ class HeldJob:
         await self.report(ReportJobFailed(**self.about(), reason=reason[:2000]))
 
     async def report(self, report: Report) -> None:
-        await self.tools.reports.job(report, self._envelope)
+        with tracing.span("report"):
+            await self.tools.reports.job(report, self._envelope)
 
     def progress(self) -> Progress:
         return self.tools.reports.progress(self.job.job_id, self.attempt, self._envelope)
@@ -271,12 +293,13 @@ class HeldJob:
 
 
 class _Reporting(Following):
-    """Tells the bus what the engine tells of a job."""
+    """Tells the bus what the engine tells of a job. `seconds`: the stages that lie behind it."""
 
-    def __init__(self, held: HeldJob) -> None:
+    def __init__(self, held: HeldJob, seconds: dict[str, float]) -> None:
         self._held = held
         self._progress: Progress | None = None
-        self.began = time.monotonic()
+        self._came = time.monotonic()
+        self.seconds = seconds
 
     async def on_begun(self) -> None:
         """From here on it is an attempt, and the ledger knows, whatever the job does to us."""
@@ -286,12 +309,15 @@ class _Reporting(Following):
             return
         held.attempt += 1
         held.begun = True
-        self.began = time.monotonic()
+        waited = time.monotonic() - self._came
+        self.seconds["line"] = round(waited, 3)
+        tracing.record_stages({"line": waited})
         self._progress = held.progress()
         logs.bind(None, attempt=held.attempt)
-        await held.report(ReportJobStarted(**held.about()))
+        await held.report(ReportJobStarted(**held.about(), seconds=self.seconds))
 
     async def on_step(self, step: int, steps: int) -> None:
+        metrics.STEPS.inc()
         if self._progress:
             await self._progress.on_step(step, steps)
 

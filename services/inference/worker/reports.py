@@ -13,6 +13,7 @@ from nats.js import JetStreamContext
 
 from services.inference.worker.frames import Well
 from services.inference.worker.settings import Settings
+from shared import tracing
 from shared.contracts import envelope as cloud
 from shared.contracts.endpoints import InstanceBeat, ReportInstance
 from shared.contracts.envelope import Command, Envelope
@@ -62,7 +63,7 @@ class Reports:
         )
         await self._send(report, type_of(report), cloud.new_id(), report.endpoint_id, None)
 
-    async def beat(self, device: str, well: Well | None, jobs: list[str]) -> None:
+    async def beat(self, device: str, well: Well | None, jobs: list[str], *, address: str) -> None:
         """That this worker lives, and how; one that is not heard is not missed."""
         if not self._client.is_connected:
             return
@@ -76,6 +77,8 @@ class Reports:
             memory_total=known.memory_total,
             models=known.models,
             jobs=jobs,
+            endpoint_name=self._settings.endpoint_name or self._settings.endpoint_id,
+            address=address,
         )
         framed = cloud.wrap(beat, type=type_of(beat), source=self._source, subject=beat.instance_id)
         try:
@@ -90,7 +93,13 @@ class Reports:
         self, message: Command, name: str, id_: str, subject: str, cause: Envelope | None
     ) -> None:
         framed = cloud.wrap(
-            message, type=name, source=self._source, subject=subject, id=id_, cause=cause
+            message,
+            type=name,
+            source=self._source,
+            subject=subject,
+            id=id_,
+            cause=cause,
+            traceparent=tracing.traceparent(),
         )
         body, pause = cloud.encode(framed), 0.1
         while True:

@@ -31,13 +31,15 @@ class Settings(BusSettings, frozen=True, kw_only=True):
     machine and kept under `cache_bytes`. `job_seconds`: what takes longer is stopped.
     `drain_seconds`: what begun jobs have to end when the worker is told to stop. `engine`:
     `module:Class`. `jobs_in_hand`: so many jobs are taken from the queue at once, as long as no
-    other worker waits for one: the engine runs those together that fit. The others are
+    other worker waits for one: the engine runs those together that fit. `http_address`: `host:port`
+    under which others reach `/metrics`, if not where this process itself does. The others are
     `EngineOptions`."""
 
     endpoint_id: str
     instance_id: str
     cache: str
     endpoint_name: str = ""
+    http_address: str = ""
     device: str = "cpu"
     cache_bytes: int = 64 * 1024**3
     job_seconds: float = 3600.0
