@@ -101,6 +101,9 @@ compose-secrets:
 
 # stop the containers; data stays in their volumes
 compose-down:
+    # Containers that endpoints has started, if it starts some: compose.docker.yaml
+    docker ps --quiet --filter "label=darkroom.installation=${COMPOSE_PROJECT_NAME:-darkroom}" \
+        | xargs -r docker rm --force
     docker compose down --timeout 30
 
 # the demo's client against the containers
@@ -131,7 +134,7 @@ restore FOLDER: compose-secrets
             --volume "$folder:/backup:ro" provision python -m deploy.containers.backup "$1" /backup
     }
     tool check
-    docker compose down --timeout 30
+    {{ just_executable() }} compose-down
     docker compose run --rm -T provision  # starts the servers first
     docker compose exec -T postgres dropdb -U postgres --force darkroom
     docker compose exec -T postgres pg_restore -U postgres -d postgres --create --exit-on-error \
