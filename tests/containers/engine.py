@@ -141,18 +141,14 @@ def deployed(*files: str, **settings: str) -> Iterator[Deployment]:
         deployment = Deployment(Path(folder), files, environment)
         try:
             deployment.just("compose-secrets")
-            with deployment.compose:
-                yield deployment
-        except subprocess.CalledProcessError as error:
-            output = (error.stdout or b"").decode() + (error.stderr or b"").decode()
-            raise AssertionError(f"{output}\n{_sick(deployment)}") from error
-
-
-def _sick(deployment: Deployment) -> str:
-    """The end of the logs of what is there and not well."""
-    with contextlib.suppress(AssertionError):
-        return deployment.run("logs", "--tail", "30")
-    return ""
+            try:
+                deployment.compose.start()
+            except subprocess.CalledProcessError as error:
+                logs = deployment.run("logs", "--no-color", "--tail", "20")
+                raise AssertionError(f"{error.stderr.decode()}\n{logs}") from error
+            yield deployment
+        finally:
+            deployment.compose.stop()
 
 
 def _free_ports(count: int) -> list[int]:
