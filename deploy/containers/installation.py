@@ -4,6 +4,7 @@
       local.env           what clients need: URL, API key, admin password
       secrets.json        every password and key: for provisioning, backup and restore only
       secrets/            what compose.yaml mounts: gateway.env, nats.conf, s3.json, …
+      secrets/nomad/      the same as Nomad variables
 
 The files below the folder can be read by everybody who gets there, which is the owner of the
 folder and, of each file, the container that it is mounted into: those run as other users.
@@ -13,6 +14,7 @@ folder and, of each file, the container that it is mounted into: those run as ot
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Mapping
@@ -24,7 +26,6 @@ from deploy.local.installation import ROLES, Installation, Secrets, load_secrets
 from deploy.local.processes import secrets_of
 from deploy.local.servers import nats_settings, s3_configuration
 
-PROCESSES = (*ROLES, "worker")
 ROUTE_USER = "route"
 """As whom the servers of a NATS cluster know each other."""
 
@@ -77,12 +78,28 @@ class ContainerInstallation(Installation):
 
     def files(self) -> dict[str, str]:
         """What compose.yaml mounts, each into the one container that may read it."""
-        found = {f"{process}.env": _env(secrets_of(self, process)) for process in PROCESSES}
+        found = {f"{process}.env": _env(secrets_of(self, process)) for process in ROLES}
         found["postgres_password"] = self.secrets.postgres["postgres"] + "\n"
         found["s3.json"] = s3_configuration(self.secrets)
         found["seaweedfs.toml"] = security_configuration(self.secrets)
         found["nats.conf"] = nats_configuration(self.secrets)
         found["nats-cluster.conf"] = nats_configuration(self.secrets) + cluster(self.secrets)
+        return found
+
+    def nomad_variables(self) -> dict[str, dict[str, object]]:
+        """Files for `nomad var put`: each group may read its own."""
+        found: dict[str, dict[str, object]] = {
+            f"{process}.json": {
+                "Path": f"nomad/jobs/darkroom/{process}",
+                "Items": {"env": _env(secrets_of(self, process))},
+            }
+            for process in ROLES
+        }
+        installation = msgspec.json.encode(self.secrets).decode()
+        found["provision.json"] = {
+            "Path": "nomad/jobs/darkroom-provision",
+            "Items": {"installation": installation},
+        }
         return found
 
 
@@ -137,10 +154,13 @@ def install(home: Path) -> ContainerInstallation:
         made.mkdir(mode=0o700, parents=True, exist_ok=True)
     home.chmod(0o700)
     folder.chmod(0o755)
+    (folder / "nomad").mkdir(mode=0o700, exist_ok=True)
     installation = ContainerInstallation(home, load_secrets(home / "secrets.json"))
     (home / "secrets.json").chmod(0o644)
     for name, text in installation.files().items():
         _write(folder / name, text)
+    for name, variable in installation.nomad_variables().items():
+        _write(folder / "nomad" / name, json.dumps(variable, indent=1) + "\n")
     _write(home / "local.env", _env(installation.client_environment()))
     return installation
 

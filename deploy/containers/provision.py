@@ -1,4 +1,4 @@
-"""`compose.yaml`'s one-shot: everything that the servers must have before a service can start.
+"""The one-shot of compose.yaml and Nomad: what servers must have before a service can start.
 
 Safe to run again; an upgrade runs it first, while the version before still serves.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 from deploy.containers.installation import ContainerInstallation
 from deploy.local.provision import provision
 
-SECRETS = Path("/run/secrets/installation")
+SECRETS = Path(os.environ.get("DARKROOM_INSTALLATION_FILE") or "/run/secrets/installation")
 
 if __name__ == "__main__":
     replicas = int(os.environ.get("DARKROOM_STREAM_REPLICAS") or 1)
