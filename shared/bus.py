@@ -72,7 +72,7 @@ async def connect(
 ) -> Client:
     """A plain connection. Waits for the server as long as it takes."""
     return await nats.connect(
-        settings.nats_url,
+        settings.nats_servers,
         user=settings.nats_user,
         password=settings.nats_password,
         reconnected_cb=on_reconnect,
@@ -82,7 +82,7 @@ async def connect(
 
 def make_broker(settings: BusSettings, *middlewares: Any) -> NatsBroker:
     return NatsBroker(
-        settings.nats_url,
+        settings.nats_servers,
         security=SASLPlaintext(settings.nats_user, settings.nats_password),
         apply_types=False,
         logger=None,

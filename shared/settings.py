@@ -1,5 +1,6 @@
-"""Settings come from the environment, once, at start: `DARKROOM_NAME`, or `DARKROOM_NAME_FILE`
-for a file that holds the value (container secrets)."""
+"""Settings come from the environment, once, at start: `DARKROOM_NAME`, or `DARKROOM_NAME_FILE` for
+a file that holds the value, or a `DARKROOM_NAME=value` line in the file that `DARKROOM_SECRETS`
+names (container secrets). The first of these that is there counts."""
 
 from __future__ import annotations
 
@@ -13,10 +14,12 @@ import msgspec
 T = TypeVar("T", bound=msgspec.Struct)
 
 PREFIX = "DARKROOM_"
+SECRETS = "DARKROOM_SECRETS"
 
 
 class BusSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """`otlp_url`: where traces go, such as http://tempo:4318; there are none without it."""
+    """`nats_url`: of one server, or of several of a cluster, separated by commas. `otlp_url`: where
+    traces go, such as http://tempo:4318; there are none without it."""
 
     nats_url: str
     nats_user: str
@@ -25,6 +28,10 @@ class BusSettings(msgspec.Struct, frozen=True, kw_only=True):
     http_port: int = 0
     log_level: str = "info"
     otlp_url: str = ""
+
+    @property
+    def nats_servers(self) -> list[str]:
+        return [url.strip() for url in self.nats_url.split(",")]
 
 
 class ServiceSettings(BusSettings, frozen=True, kw_only=True):
@@ -46,15 +53,28 @@ class ObjectSettings(msgspec.Struct, frozen=True, kw_only=True):
 def load(struct: type[T], environ: Mapping[str, str] = os.environ) -> T:
     """Reads every field of `struct`. Raises SystemExit that names what is missing or wrong."""
     values: dict[str, str] = {}
+    secrets = read_env_file(Path(environ[SECRETS])) if SECRETS in environ else {}
     for field in msgspec.structs.fields(struct):
         name = PREFIX + field.name.upper()
         if name in environ:
             values[field.name] = environ[name]
         elif name + "_FILE" in environ:
             values[field.name] = Path(environ[name + "_FILE"]).read_text().strip()
+        elif name in secrets:
+            values[field.name] = secrets[name]
         elif field.required:
             raise SystemExit(f"set {name} (or {name}_FILE)")
     try:
         return msgspec.convert(values, struct, strict=False)
     except msgspec.ValidationError as error:
         raise SystemExit(f"bad setting: {error}") from None
+
+
+def read_env_file(path: Path) -> dict[str, str]:
+    """`KEY=value` lines; blank lines and # comments are skipped, quotes around values removed."""
+    values = {}
+    for line in path.read_text().splitlines():
+        name, separator, value = line.strip().removeprefix("export ").partition("=")
+        if separator and not name.startswith("#"):
+            values[name.strip()] = value.strip().strip("'\"")
+    return values

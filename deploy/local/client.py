@@ -12,7 +12,7 @@ from typing import Any, Self
 import httpx
 import msgspec
 
-from deploy.local.installation import read_env_file
+from shared.settings import read_env_file
 
 PART_BYTES = 16 * 1024 * 1024
 """S3 wants at least 5 MiB for every part but the last."""

@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from deploy.local.client import Client
-from deploy.local.installation import REPOSITORY, default_home, read_env_file
+from deploy.local.installation import REPOSITORY, default_home
 from deploy.local.weights import fetch_u2net
+from shared.settings import read_env_file
 
 CHECKPOINT = REPOSITORY / "deploy" / "demo_model" / "darkroom-demo.safetensors"
 ENDPOINT = "demo"
@@ -124,6 +125,7 @@ def _follow(client: Client, job_id: str) -> dict[str, Any]:
             if event.name == "progress":
                 steps = event.data["steps"]
                 bar.update(task, completed=event.data["step"], total=steps, visible=True)
+            if event.id is None:  # progress, or a preview
                 continue
             state = event.data["data"]
             console.print(f"  [green]{event.name}[/] status={state['status']}")

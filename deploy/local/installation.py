@@ -35,7 +35,8 @@ SERVICES = ("identity", "models", "endpoints", "inference")
 ROLES = ("gateway", *SERVICES)
 """Who has a role and a schema of its own in Postgres."""
 
-NATS_USERS = (*ROLES, "worker", "subscriber", "admin", "sys")
+NATS_USERS = (*ROLES, "worker", "subscriber", "admin", "sys", "route")
+"""`route`: as whom the servers of a cluster know each other."""
 S3_IDENTITIES = ("gateway", "models", "inference", "worker", "admin")
 WEED_KEYS = (
     "WEED_JWT_SIGNING_KEY",
@@ -149,7 +150,7 @@ class Installation:
         _make_private_folder(home / "data", 0o710 if is_root() else 0o700)
         if is_root():
             _open_to_postgres(home)
-        installation = cls(home, {}, _load_secrets(home / "secrets.json"))
+        installation = cls(home, {}, load_secrets(home / "secrets.json"))
         for folder in ("config", "logs", "run", "run/workers", "cache"):
             _make_private_folder(home / folder)
         installation._load_ports(random_ports)
@@ -209,7 +210,7 @@ class Installation:
         return f"postgresql://{role}:{password}@127.0.0.1:{self.ports['postgres']}/{database}"
 
     def nats_url_as(self, user: str) -> str:
-        return f"nats://{user}:{self.secrets.nats[user]}@127.0.0.1:{self.ports['nats']}"
+        return self.nats_url.replace("nats://", f"nats://{user}:{self.secrets.nats[user]}@")
 
     def client_environment(self) -> dict[str, str]:
         """What a client of this installation needs; also written to `local.env`."""
@@ -345,16 +346,6 @@ def write_private(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def read_env_file(path: Path) -> dict[str, str]:
-    """`KEY=value` lines; blank lines and # comments are skipped, quotes around values removed."""
-    values = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        name, separator, value = line.strip().removeprefix("export ").partition("=")
-        if separator and not name.startswith("#"):
-            values[name.strip()] = value.strip().strip("'\"")
-    return values
-
-
 def _make_private_folder(folder: Path, mode: int = 0o700) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     owner = folder.stat().st_uid
@@ -373,7 +364,7 @@ def _open_to_postgres(home: Path) -> None:
     os.chown(home / "data", 0, home.stat().st_gid)
 
 
-def _load_secrets(file: Path) -> Secrets:
+def load_secrets(file: Path) -> Secrets:
     if file.exists():
         known = file.read_bytes()
         secrets = msgspec.json.decode(known, type=Secrets)

@@ -23,8 +23,8 @@ from deploy.local.installation import (
     ROLES,
     SERVICES,
     Installation,
-    read_env_file,
 )
+from shared.settings import read_env_file
 
 PASS_THROUGH = (
     # all
@@ -148,7 +148,8 @@ def read_settings(
     installation: Installation, environ: Mapping[str, str] = os.environ
 ) -> dict[str, str]:
     """The settings in force: `settings.env`, overridden by what the shell exports."""
-    found = {**read_env_file(installation.home / "settings.env"), **environ}
+    file = installation.home / "settings.env"
+    found = {**(read_env_file(file) if file.exists() else {}), **environ}
     return {name: found[name] for name in (*PASS_THROUGH, GATEWAYS) if name in found}
 
 
@@ -195,40 +196,40 @@ def _metrics_port(installation: Installation, name: str, module: str) -> dict[st
 
 
 def _environment(installation: Installation, module: str) -> dict[str, str]:
-    secrets = installation.secrets
-    environment = {
-        "DARKROOM_NATS_URL": installation.nats_url,
-        "DARKROOM_NATS_USER": module,
-        "DARKROOM_NATS_PASSWORD": secrets.nats[module],
-    }
-    if module in ROLES:
-        environment["DARKROOM_POSTGRES_URL"] = installation.postgres_url(module)
-    buckets = {
-        "DARKROOM_S3_URL": installation.s3_url,
-        "DARKROOM_S3_MODELS_BUCKET": MODELS_BUCKET,
-        "DARKROOM_S3_JOBS_BUCKET": JOBS_BUCKET,
-    }
-    if module in ("gateway", "models", "inference"):
-        environment |= buckets
-        environment["DARKROOM_S3_ACCESS_KEY"] = secrets.s3[module].access_key
-        environment["DARKROOM_S3_SECRET_KEY"] = secrets.s3[module].secret_key
-    if module == "gateway":
-        digest = hashlib.sha256(secrets.api_key.encode()).hexdigest()
-        environment["DARKROOM_API_KEY_SHA256"] = digest
-        environment["DARKROOM_TOKEN_SECRET"] = secrets.token_secret
-    if module == "identity":
-        environment["DARKROOM_ADMIN_USER"] = "admin"
-        environment["DARKROOM_ADMIN_PASSWORD_HASH"] = secrets.admin_password_hash
-    if module == "endpoints":  # which starts the workers and gives them these
-        environment |= buckets
-        environment["DARKROOM_WORKER_NATS_USER"] = "worker"
-        environment["DARKROOM_WORKER_NATS_PASSWORD"] = secrets.nats["worker"]
-        environment["DARKROOM_WORKER_S3_ACCESS_KEY"] = secrets.s3["worker"].access_key
-        environment["DARKROOM_WORKER_S3_SECRET_KEY"] = secrets.s3["worker"].secret_key
+    environment = {"DARKROOM_NATS_URL": installation.nats_url, **secrets_of(installation, module)}
+    if module != "identity":
+        environment["DARKROOM_S3_URL"] = installation.s3_url
+        environment["DARKROOM_S3_MODELS_BUCKET"] = MODELS_BUCKET
+        environment["DARKROOM_S3_JOBS_BUCKET"] = JOBS_BUCKET
+    if module == "endpoints":
         environment["DARKROOM_WORKER_CACHE"] = str(installation.cache)
         environment["DARKROOM_RUN"] = str(installation.run)
         environment["DARKROOM_LOGS"] = str(installation.logs)
     return environment
+
+
+def secrets_of(installation: Installation, module: str) -> dict[str, str]:
+    """What one kind of process must know and nobody else may."""
+    secrets = installation.secrets
+    known = {"DARKROOM_NATS_USER": module, "DARKROOM_NATS_PASSWORD": secrets.nats[module]}
+    if module in ROLES:
+        known["DARKROOM_POSTGRES_URL"] = installation.postgres_url(module)
+    if module in secrets.s3:
+        known["DARKROOM_S3_ACCESS_KEY"] = secrets.s3[module].access_key
+        known["DARKROOM_S3_SECRET_KEY"] = secrets.s3[module].secret_key
+    if module == "gateway":
+        digest = hashlib.sha256(secrets.api_key.encode()).hexdigest()
+        known["DARKROOM_API_KEY_SHA256"] = digest
+        known["DARKROOM_TOKEN_SECRET"] = secrets.token_secret
+    if module == "identity":
+        known["DARKROOM_ADMIN_USER"] = "admin"
+        known["DARKROOM_ADMIN_PASSWORD_HASH"] = secrets.admin_password_hash
+    if module == "endpoints":  # which starts the workers and gives them these
+        known["DARKROOM_WORKER_NATS_USER"] = "worker"
+        known["DARKROOM_WORKER_NATS_PASSWORD"] = secrets.nats["worker"]
+        known["DARKROOM_WORKER_S3_ACCESS_KEY"] = secrets.s3["worker"].access_key
+        known["DARKROOM_WORKER_S3_SECRET_KEY"] = secrets.s3["worker"].secret_key
+    return known
 
 
 def _containers(

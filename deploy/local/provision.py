@@ -13,19 +13,20 @@ import os
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import asyncpg
-import botocore.session
+import boto3
 import nats
 import nats.errors
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 from nats.js import JetStreamContext
 from nats.js.api import ConsumerConfig, StreamConfig
-from nats.js.errors import APIError, BadRequestError
+from nats.js.errors import APIError, BadRequestError, ServiceUnavailableError
 
 from deploy.local.installation import (
     JOBS_BUCKET,
@@ -124,10 +125,13 @@ async def provision_nats(
     installation: Installation,
     streams: list[StreamConfig] = STREAMS,
     consumers: list[tuple[str, ConsumerConfig]] = CONSUMERS,
+    *,
+    replicas: int = 1,
 ) -> None:
+    """`replicas`: how many servers of a cluster keep each stream, and its consumers."""
     client = await _when_it_answers(
         lambda: nats.connect(
-            installation.nats_url,
+            installation.nats_url.split(","),
             user="admin",
             password=installation.secrets.nats["admin"],
             inbox_prefix=b"_INBOX_admin",
@@ -138,7 +142,13 @@ async def provision_nats(
     )
     try:
         jetstream = client.jetstream()
-        created = [await _declare_stream(jetstream, stream) for stream in streams]
+        created = [
+            await _when_it_answers(
+                partial(_declare_stream, jetstream, replace(stream, num_replicas=replicas)),
+                (ServiceUnavailableError, TimeoutError),  # a cluster that has no leader yet
+            )
+            for stream in streams
+        ]
         for stream_name, consumer in consumers:
             await _declare_consumer(jetstream, stream_name, consumer)
     finally:
@@ -210,9 +220,10 @@ CORS = {
 }
 
 
-async def provision_s3(installation: Installation) -> None:
+def s3_client(installation: Installation) -> Any:
+    """As the administrator of the object store."""
     key = installation.secrets.s3["admin"]
-    client = botocore.session.get_session().create_client(
+    return boto3.client(
         "s3",
         endpoint_url=installation.s3_url,
         aws_access_key_id=key.access_key,
@@ -227,6 +238,10 @@ async def provision_s3(installation: Installation) -> None:
         ),
     )
 
+
+async def provision_s3(installation: Installation) -> None:
+    client = s3_client(installation)
+
     async def declare(bucket: str) -> None:
         exists = (client.exceptions.BucketAlreadyOwnedByYou, client.exceptions.BucketAlreadyExists)
         with suppress(*exists):
@@ -238,7 +253,7 @@ async def provision_s3(installation: Installation) -> None:
     client.close()
 
 
-async def provision(installation: Installation) -> None:
+async def provision(installation: Installation, *, replicas: int = 1) -> None:
     async def postgres() -> None:
         await provision_postgres(installation)
         for role, names in (await migrate_all(installation)).items():
@@ -247,7 +262,7 @@ async def provision(installation: Installation) -> None:
 
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(postgres())
-        tasks.create_task(provision_nats(installation))
+        tasks.create_task(provision_nats(installation, replicas=replicas))
         tasks.create_task(provision_s3(installation))
 
 

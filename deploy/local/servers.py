@@ -28,6 +28,7 @@ from deploy.local.installation import (
     MODELS_BUCKET,
     Installation,
     InstallationError,
+    Secrets,
     can_reach,
     write_private,
 )
@@ -52,7 +53,7 @@ def table(installation: Installation) -> list[Process]:
 def write_configuration(installation: Installation) -> None:
     """Writes what the servers read at their start."""
     write_private(installation.config / "nats.conf", nats_configuration(installation))
-    write_private(installation.config / "s3.json", s3_configuration(installation))
+    write_private(installation.config / "s3.json", s3_configuration(installation.secrets))
 
 
 def _script(name: str) -> str:
@@ -78,10 +79,21 @@ def nats(installation: Installation) -> Process:
 
 
 def nats_configuration(installation: Installation) -> str:
-    """One user per process; what each may publish and read comes from the contracts."""
+    ports = installation.ports
+    return f"""# Written by `just up`; changes made here are lost.
+server_name: darkroom
+host: 127.0.0.1
+port: {ports["nats"]}
+http: 127.0.0.1:{ports["nats_monitor"]}
+{nats_settings(installation.secrets, store=str(installation.data / "nats"))}"""
+
+
+def nats_settings(secrets: Secrets, *, store: str) -> str:
+    """What a server has wherever it runs: limits, storage in the folder `store`, and one user per
+    process; what each may publish and read comes from the contracts."""
     from shared.contracts.subjects import PERMISSIONS
 
-    passwords = installation.secrets.nats
+    passwords = secrets.nats
     users = [f"{{ user: admin, password: {_quoted(passwords['admin'])} }}"]
     for user, allowed in PERMISSIONS.items():
         users.append(
@@ -90,15 +102,10 @@ def nats_configuration(installation: Installation) -> str:
             f"      subscribe: {_subjects(allowed.subscribe)} }} }}"
         )
     listed = "\n    ".join(users)
-    return f"""# Written by `just up`; changes made here are lost.
-server_name: darkroom
-host: 127.0.0.1
-port: {installation.ports["nats"]}
-http: 127.0.0.1:{installation.ports["nats_monitor"]}
-max_payload: 8MB  # a checkpoint of a hundred files, with its state in one event
+    return f"""max_payload: 8MB  # a checkpoint of a hundred files, with its state in one event
 
 jetstream {{
-  store_dir: {_quoted(str(installation.data / "nats"))}
+  store_dir: {_quoted(store)}
   max_file_store: 20GB
   # Acknowledged messages are on disk within a second: killing the server loses none, a power cut
   # up to a second of them (the default is two minutes). `always` loses none and costs 15 to 40 %
@@ -339,14 +346,14 @@ def seaweedfs(installation: Installation) -> Process:
     )
 
 
-def s3_configuration(installation: Installation) -> str:
+def s3_configuration(secrets: Secrets) -> str:
     identities = [
         {
             "name": name,
             "credentials": [{"accessKey": key.access_key, "secretKey": key.secret_key}],
             "actions": S3_ACTIONS[name],
         }
-        for name, key in installation.secrets.s3.items()
+        for name, key in secrets.s3.items()
     ]
     return json.dumps({"identities": identities}, indent=1) + "\n"
 

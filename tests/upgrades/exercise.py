@@ -18,7 +18,6 @@ from uuid import uuid4
 
 from deploy.local.client import Client, Failed
 from deploy.local.demo import CHECKPOINT
-from deploy.local.installation import read_env_file
 
 MODEL = {"Stable-diffusion": [CHECKPOINT.name]}
 PARAMS = {"prompt": "a red circle", "steps": 1, "width": 64, "height": 64, "seed": 1}
@@ -103,7 +102,8 @@ def loop(client: Client) -> None:
 
 def main() -> int:
     home, what = sys.argv[1:]
-    known = read_env_file(Path(home) / "local.env")
+    lines = (Path(home) / "local.env").read_text().splitlines()
+    known = dict(line.split("=", 1) for line in lines if "=" in line)
     names = ("URL", "API_KEY", "ADMIN_USER", "ADMIN_PASSWORD")
     with Client.log_in(*(known[f"DARKROOM_{name}"] for name in names)) as client:
         try:

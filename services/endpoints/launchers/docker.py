@@ -39,6 +39,8 @@ INSTALLATION, ENDPOINT, INSTANCE = (
     "darkroom.endpoint_id",
     "darkroom.instance_id",
 )
+COMPOSE = "com.docker.compose.project"
+"""Images that compose has built bear it, and it takes containers with it for its own."""
 GPUS, SHARES_GPUS = "darkroom.gpus", "darkroom.shares_gpus"
 
 SECRETS = "run/secrets"
@@ -203,6 +205,7 @@ class DockerLauncher:
             "Cmd": self._program.command,
             "Env": [f"{name}={value}" for name, value in environment.items()],
             "Labels": {
+                COMPOSE: "",
                 INSTALLATION: self._installation,
                 ENDPOINT: endpoint.endpoint_id,
                 INSTANCE: instance_id,
