@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+import yaml  # type: ignore[import-untyped]
 
 from deploy.containers.installation import install
 from deploy.local.installation import REPOSITORY
@@ -19,7 +19,7 @@ FILES = sorted(DEPLOY.glob("compose*.yaml"))
 FOR_SHELLS = {"DARKROOM_SECRETS", "DARKROOM_NATS_PUBLIC"}
 
 
-class Loader(yaml.SafeLoader):
+class Loader(yaml.SafeLoader):  # type: ignore[misc]
     """Compose's own tags, `!override` and `!reset`, change how files merge, not what they hold."""
 
 
