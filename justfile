@@ -92,6 +92,8 @@ export DARKROOM_COMPOSE_HOME := absolute_path(env("DARKROOM_COMPOSE_HOME", ".dar
 compose-up: compose-secrets
     docker compose build
     docker compose up --wait --wait-timeout 300
+    # Its users may be allowed other subjects by now; nothing but a signal makes it read them.
+    docker compose ps --services | grep '^nats' | xargs docker compose kill --signal HUP
 
 # make the secrets that are missing, and the files of this version
 compose-secrets:

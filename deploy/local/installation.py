@@ -29,6 +29,8 @@ from pathlib import Path
 import msgspec
 from argon2 import PasswordHasher
 
+from shared.settings import read_env_file as read_env_file  # where clients look for it
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 SERVICES = ("identity", "models", "endpoints", "inference")

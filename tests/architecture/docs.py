@@ -24,12 +24,13 @@ from services.inference.worker.pipelines.params.cutting import CuttingParams
 from services.inference.worker.pipelines.params.enlarging import EnlargingParams
 from services.inference.worker.pipelines.params.painting import OverrideSettings, PaintingParams
 from shared.contracts.registry import TYPES, is_command
-from shared.settings import ObjectSettings
+from shared.settings import SECRETS, ObjectSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 FIELDS = ROOT / "services" / "inference" / "FIELDS.md"
 PARAMS = (PaintingParams, OverrideSettings, ControlUnit, EnlargingParams, CuttingParams)
 NOT_OF_THE_BODY = {"units", "number"}
+FOR_PROVISIONING = {"DARKROOM_INSTALLATION", "DARKROOM_POSTGRES", "DARKROOM_STREAM_REPLICAS"}
 SERVICES = ("gateway", "identity", "models", "endpoints", "inference")
 FOR_CLIENTS = {
     "DARKROOM_URL",
@@ -84,13 +85,23 @@ def _code(text: str) -> list[str]:
 
 
 def _variables(text: str) -> Iterator[str]:
-    known = FOR_CLIENTS | set(PASS_THROUGH) | {GATEWAYS} | _settings()
+    known = (
+        FOR_CLIENTS | set(PASS_THROUGH) | {GATEWAYS, SECRETS} | known_settings() | _of_deployments()
+    )
     for name in set(re.findall(r"\bDARKROOM_[A-Z0-9_]+[A-Z0-9]\b", text)):
         if name not in known:
             yield f"nobody reads {name}"
 
 
-def _settings() -> set[str]:
+def _of_deployments() -> set[str]:
+    """What compose's files ask for, and what provisioning reads."""
+    texts = [file.read_text() for file in (ROOT / "deploy").glob("compose*.yaml")]
+    asked = set(re.findall(r"\$\{(DARKROOM_[A-Z0-9_]+)", "".join(texts)))
+    return asked | FOR_PROVISIONING
+
+
+def known_settings() -> set[str]:
+    """What the processes read."""
     modules = [*(f"services.{s}.settings" for s in SERVICES), "services.inference.worker.settings"]
     structs: list[type[msgspec.Struct]] = [
         ObjectSettings,

@@ -27,6 +27,7 @@ from deploy.local.client import Client
 from deploy.local.installation import REPOSITORY, port_is_free
 
 POSTGRES = os.environ.get("DARKROOM_POSTGRES_IMAGE", "postgres:17-bookworm")
+PYTHON = os.environ.get("DARKROOM_PYTHON_IMAGE", "python:3.11-slim-bookworm")
 NATS = os.environ.get("DARKROOM_NATS_IMAGE", "nats:2.15-alpine")
 
 

@@ -81,7 +81,11 @@ start() {
         ip link show $bridge >/dev/null 2>&1 || ip link add $bridge type bridge
         ip address replace $address dev $bridge
         ip link set $bridge up
-        setsid dockerd --host "$DOCKER_HOST" --data-root "$home/data" --exec-root "$home/exec" \
+        # Stands in for NVIDIA's: containers may ask for GPUs, and are told which, and have none.
+        mkdir -p "$home/bin"
+        printf '#!/bin/sh\ncat >/dev/null\n' >"$home/bin/nvidia-container-runtime-hook"
+        chmod +x "$home/bin/nvidia-container-runtime-hook"
+        PATH=$PATH:$home/bin setsid dockerd --host "$DOCKER_HOST" --data-root "$home/data" --exec-root "$home/exec" \
             --pidfile "$pid" --storage-driver overlay2 --iptables=false --ip6tables=false \
             --bridge $bridge --default-address-pool $pools \
             >"$home/dockerd.log" 2>&1 </dev/null 9>&- &
@@ -96,6 +100,9 @@ stop() {
     [ -f "$pid" ] || return 0
     number=$(cat "$pid")
     docker ps -q | xargs -r docker stop -t 5 >/dev/null
+    # What the next run builds on stays, what it replaces does not.
+    docker image prune --force >/dev/null
+    docker builder prune --force --keep-storage 15GB >/dev/null
     kill "$number" 2>/dev/null || true
     while kill -0 "$number" 2>/dev/null; do sleep 0.1; done
     rm -f "$pid" "$socket"

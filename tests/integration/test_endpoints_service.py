@@ -360,6 +360,20 @@ async def test_create_endpoint_starts_a_worker_and_says_when_it_serves(service: 
     assert "engine" in log.read_text()
 
 
+async def test_the_log_of_a_worker_that_runs_for_long_does_not_fill_the_disk(
+    service: Endpoints,
+) -> None:
+    endpoint_id = await service.create("talkative")
+    await service.wait_status(endpoint_id, "InService", 1)
+    (record,) = service.records(endpoint_id)
+    file = service.installation.log(f"worker-{record.instance_id}")
+    with file.open("ab") as log:
+        log.write(b"x" * 11_000_000)
+    await service.wait(lambda: file.stat().st_size < 1_000_000, "end of a long log")
+    assert file.with_suffix(".log.1").stat().st_size > 11_000_000
+    assert [worker.pid for worker in service.workers(endpoint_id)] == [record.pid]
+
+
 async def test_create_endpoint_refuses_names_types_and_counts(service: Endpoints) -> None:
     await service.create("taken", 2)
     cases = {

@@ -15,7 +15,7 @@ from deploy.containers.installation import install
 from deploy.local.installation import REPOSITORY, ROLES
 from services.endpoints.settings import Settings
 from shared.settings import load
-from tests.architecture.docs import _settings as known_settings
+from tests.architecture.docs import FOR_PROVISIONING, known_settings
 
 NOMAD = REPOSITORY / "deploy" / "nomad"
 FILES = sorted(NOMAD.glob("*.nomad.hcl"))
@@ -63,14 +63,13 @@ def test_every_variable_that_is_used_is_declared_and_the_other_way_round(file: P
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_each_task_runs_a_module_that_exists_with_settings_that_somebody_reads(file: Path) -> None:
-    provisioning = {"DARKROOM_INSTALLATION", "DARKROOM_POSTGRES", "DARKROOM_STREAM_REPLICAS"}
     for name, group in groups(file).items():
         task = group["task"]
         (config,) = task["config"]
         assert importlib.util.find_spec(config["args"][1]), name
         (environment,) = task["env"]
         names = {key.removesuffix("_FILE") for key in environment} - {"DARKROOM_SECRETS"}
-        assert names <= known_settings() | provisioning
+        assert names <= known_settings() | FOR_PROVISIONING
         assert config["readonly_rootfs"]
 
 

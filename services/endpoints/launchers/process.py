@@ -17,6 +17,7 @@ import asyncio
 import contextlib
 import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -41,6 +42,8 @@ CLOCK_STEP = 2.0
 """Seconds by which the start time of one process may seem to differ when the clock was set."""
 
 KEPT_LOGS = 40
+MAX_LOG_BYTES = 10_000_000
+"""Of a worker that runs for months; as much again lies beside it."""
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
@@ -180,6 +183,7 @@ class ProcessLauncher:
     async def observe(self) -> dict[str, Seen]:
         if limited := [record for record in self._records.values() if record.memory]:
             await asyncio.to_thread(self._kill_the_too_big, limited)
+        await asyncio.to_thread(self._rotate_logs, list(self._records))
         return {instance_id: self._see(record) for instance_id, record in self._records.items()}
 
     def _kill_the_too_big(self, records: list[Record]) -> None:
@@ -188,6 +192,13 @@ class ProcessLauncher:
                 self._too_big.add(record.instance_id)
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(record.pid, signal.SIGKILL)
+
+    def _rotate_logs(self, instance_ids: list[str]) -> None:
+        for file in map(self._log_file, instance_ids):
+            with contextlib.suppress(FileNotFoundError):
+                if file.stat().st_size > MAX_LOG_BYTES:
+                    shutil.copy(file, file.with_suffix(".log.1"))
+                    os.truncate(file, 0)  # the worker appends to it all the same
 
     def _see(self, record: Record) -> Seen:
         instance_id, crash = record.instance_id, None
@@ -272,6 +283,7 @@ class ProcessLauncher:
         ]
         for file in sorted(ended, key=lambda file: file.stat().st_mtime)[:-KEPT_LOGS]:
             file.unlink()
+            file.with_suffix(".log.1").unlink(missing_ok=True)
 
 
 def _read(file: Path) -> Record | None:
