@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,7 @@ def load_text_encoders(
                 clip_prefix,
                 place,
             )
-        tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER, local_files_only=True)
+        tokenizer = _tokenizer()
         encoders.append(
             TextEncoder(
                 "clip_l",
@@ -151,7 +152,7 @@ def load_text_encoders(
                 None,  # has layers and a scale that are not used
                 place,
             )
-        tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER, local_files_only=True)
+        tokenizer = _tokenizer()
         encoders.append(
             TextEncoder(
                 "clip_g" if pooled else "clip_h",
@@ -164,6 +165,12 @@ def load_text_encoders(
             )
         )
     return encoders
+
+
+@lru_cache(1)
+def _tokenizer() -> Any:
+    """The one that all families have. Nobody changes it: vectors stand beside its tokens."""
+    return CLIPTokenizer.from_pretrained(TOKENIZER, local_files_only=True)
 
 
 def load_controlnet(file: ModelFile, place: Place) -> Any:
