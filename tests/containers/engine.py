@@ -56,7 +56,6 @@ class Deployment:
         self.compose = DockerCompose(
             REPOSITORY / "deploy",
             compose_file_name=list(files),
-            build=True,
             wait=True,
             profiles=["cpu"],
         )
@@ -142,6 +141,7 @@ def deployed(*files: str, **settings: str) -> Iterator[Deployment]:
         deployment = Deployment(Path(folder), files, environment)
         try:
             deployment.just("compose-secrets")
+            deployment.run("build")  # `up --build` marks containers in another way than `up`
             try:
                 deployment.compose.start()
             except subprocess.CalledProcessError as error:
