@@ -1,5 +1,9 @@
 """Pools under fire: `python -m tests.chaos.pools [--jobs 300] [--kills 50] [--instances 3]`.
 
+With `--launcher docker` workers are containers, and dockerd is killed as well: one that the run
+starts for itself, in a folder that it removes unless `--engine` names one. It copies `--image` from
+the engine at DOCKER_HOST; deploy/Dockerfile says how it is built.
+
 - Tiny jobs run on one endpoint while its workers and the endpoints service are killed with -9 at
   random. Counts jobs that are lost (without an end), doubled (with more than one), stuck (nobody
   has them) or failed, and tells the longest wait from start to end. `--pause`: seconds between two
@@ -13,14 +17,17 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import json
 import os
 import random
 import signal
+import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
 
@@ -37,6 +44,7 @@ from shared.contracts import envelope as cloud
 from shared.contracts.inference import FINISHED, Job
 from shared.contracts.registry import payload
 from shared.contracts.subjects import EVENTS, JOBS
+from tests.chaos.engine import Engine
 
 T = TypeVar("T")
 
@@ -47,6 +55,11 @@ CALLERS_PER_INSTANCE = 4
 """So many jobs are under way at a time: more than an instance's share, less than a rush."""
 MOST_SECONDS = 1800.0
 SETTLED_WITHIN = 120.0
+AWAY = (0.0, 6.0)
+"""Seconds that dockerd is gone."""
+PROCESSES = [["worker"], ["worker"], ["endpoints"], ["endpoints", "worker"]]
+CONTAINERS = [*PROCESSES, ["dockerd"], ["dockerd", "worker"], ["dockerd", "endpoints"]]
+"""Who may be killed at a time, all of them as likely."""
 
 
 class Figures(msgspec.Struct, kw_only=True):
@@ -70,50 +83,62 @@ class Left(msgspec.Struct, kw_only=True):
     workers: int
     orphan_workers: int
     orphan_engines: int
+    orphan_containers: int = 0
     missing_workers: int
 
 
 class Killer:
-    """Kills a worker or the endpoints service, or both at once."""
+    """Kills a worker, the endpoints service or dockerd, or two of them at once."""
 
-    def __init__(self, stack: Stack, chance: random.Random) -> None:
+    def __init__(self, stack: Stack, chance: random.Random, engine: Engine | None) -> None:
         self._stack = stack
         self._chance = chance
+        self._engine = engine
         self.kills: Counter[str] = Counter()
 
     def kill(self) -> None:
-        victims = self._chance.choice(
-            [["worker"], ["worker"], ["endpoints"], ["endpoints", "worker"]]
-        )
-        for victim in victims:
-            pids = [worker.pid for worker in workers_of(self._stack)]
-            if victim == "endpoints":
-                pids = [self._stack.pid("endpoints")]
-            if pids:
-                with contextlib.suppress(ProcessLookupError):  # it is just being started again
-                    os.kill(self._chance.choice(pids), signal.SIGKILL)
-                    self.kills[victim] += 1
+        for victim in self._chance.choice(CONTAINERS if self._engine else PROCESSES):
+            self.kills[victim] += self._kill(victim)
 
-
-def processes_of(stack: Stack) -> Iterator[psutil.Process]:
-    """Workers and their engines that live, by looking at the machine itself."""
-    cache = str(stack.installation.cache)
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            mine = (
-                cache in process.environ().get("DARKROOM_CACHE", "") or cache in process.cmdline()
-            )
-            if mine and process.status() != psutil.STATUS_ZOMBIE:
-                yield process
+    def _kill(self, victim: str) -> bool:
+        if victim == "dockerd":
+            assert self._engine
+            return self._engine.kill(away=self._chance.uniform(*AWAY))
+        pids = [worker.pid for worker in workers_of(self._stack)]
+        if victim == "endpoints":
+            pids = [self._stack.pid("endpoints")]
+        if pids:
+            with contextlib.suppress(ProcessLookupError):  # it is just being started again
+                os.kill(self._chance.choice(pids), signal.SIGKILL)
+                return True
+        return False
 
 
 def workers_of(stack: Stack) -> list[psutil.Process]:
+    """Those that live, in containers or not, by looking at the machine itself."""
     found = []
-    for process in processes_of(stack):
+    for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if process.environ().get("DARKROOM_CACHE"):  # which an engine is not told
+            told = process.environ()
+            mine = told.get("DARKROOM_NATS_URL") == stack.installation.nats_url
+            if mine and "DARKROOM_INSTANCE_ID" in told and lives(process):
                 found.append(process)
     return found
+
+
+def engines_of(stack: Stack) -> list[psutil.Process]:
+    """Those of workers that are processes."""
+    cache = str(stack.installation.cache)
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if cache in process.cmdline() and lives(process):
+                found.append(process)
+    return found
+
+
+def lives(process: psutil.Process) -> bool:
+    return process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
 
 
 class Caller:
@@ -189,11 +214,18 @@ def wait_for_all(admin: Client, instances: int) -> float:
 
 
 def run_jobs(
-    stack: Stack, admin: Client, *, jobs: int, instances: int, pause: tuple[float, float], seed: int
+    stack: Stack,
+    admin: Client,
+    *,
+    jobs: int,
+    instances: int,
+    pause: tuple[float, float],
+    seed: int,
+    engine: Engine | None = None,
 ) -> Figures:
     """`pause`: seconds between two kills, at least and at most."""
     chance = random.Random(seed)
-    caller, killer = Caller(admin), Killer(stack, chance)
+    caller, killer = Caller(admin), Killer(stack, chance, engine)
     began = time.monotonic()
     with ThreadPoolExecutor(instances * CALLERS_PER_INSTANCE) as threads:
         running = [threads.submit(caller.run_job, number) for number in range(jobs)]
@@ -247,33 +279,55 @@ def kill_fast(
     instances: int,
     pause: tuple[float, float],
     seed: int,
+    engine: Engine | None = None,
 ) -> Left:
     chance = random.Random(seed)
-    killer = Killer(stack, chance)
+    killer = Killer(stack, chance, engine)
     while killer.kills.total() < kills:
         killer.kill()
         time.sleep(chance.uniform(*pause))
     stack.wait_ready("endpoints")
+    if engine:
+        engine.wait()
+    return look_around(stack, admin, killer.kills, instances, engine)
+
+
+def look_around(
+    stack: Stack, admin: Client, kills: Counter[str], instances: int, engine: Engine | None
+) -> Left:
+    """Once all instances are ready again."""
     settled = wait_for_all(admin, instances)
     time.sleep(3)  # for what is told to go
-    return asyncio.run(count_left(stack, killer.kills, settled))
+    return asyncio.run(count_left(stack, kills, settled, engine))
 
 
-async def count_left(stack: Stack, kills: Counter[str], settled: float) -> Left:
+async def count_left(
+    stack: Stack, kills: Counter[str], settled: float, engine: Engine | None
+) -> Left:
     connection = await asyncpg.connect(stack.installation.postgres_url("postgres"))
     rows = await connection.fetch("SELECT instance_id FROM endpoints.instances")
     await connection.close()
     wanted = {row["instance_id"] for row in rows}
     workers = {worker.pid: worker.environ()["DARKROOM_INSTANCE_ID"] for worker in workers_of(stack)}
-    engines = [process for process in processes_of(stack) if process.pid not in workers]
+    engines = engines_of(stack)
     return Left(
         kills=kills,
         settled=settled,
         workers=len(workers),
         orphan_workers=sum(instance not in wanted for instance in workers.values()),
-        orphan_engines=sum(engine.ppid() not in workers for engine in engines),
+        orphan_engines=sum(process.ppid() not in workers for process in engines),
+        orphan_containers=count_containers_without(wanted, engine) if engine else 0,
         missing_workers=len(wanted - set(workers.values())),
     )
+
+
+def count_containers_without(wanted: set[str], engine: Engine) -> int:
+    """Those that no row knows, whether they live or not, and those that not even dockerd knows."""
+    label = '{{.ID}} {{.Label "darkroom.instance_id"}}'
+    listed = engine.docker("ps", "--all", "--no-trunc", "--format", label).splitlines()
+    known = dict(line.split() for line in listed)
+    unknown = set(engine.shims()) - set(known)
+    return sum(instance not in wanted for instance in known.values()) + len(unknown)
 
 
 def told(kills: Counter[str]) -> str:
@@ -291,11 +345,33 @@ def show(figures: Figures) -> str:
 
 def show_left(left: Left) -> str:
     return (
-        f"{left.kills.total()} kills without a pause ({told(left.kills)}), "
+        f"{left.kills.total()} kills ({told(left.kills)}), "
         f"all ready {left.settled:.1f} s later\n"
         f"  {left.workers} workers; orphans: {left.orphan_workers} workers, "
-        f"{left.orphan_engines} engines; missing: {left.missing_workers}"
+        f"{left.orphan_engines} engines, {left.orphan_containers} containers; "
+        f"missing: {left.missing_workers}"
     )
+
+
+@contextlib.contextmanager
+def engine_in(folder: Path | None, image: str, *, live_restore: bool) -> Iterator[Engine]:
+    with contextlib.ExitStack() as stack:
+        if folder is None:
+            prefix = "darkroom-engine-"
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=prefix)))
+        engine = stack.enter_context(Engine(folder, live_restore=live_restore))
+        engine.fetch(image)
+        yield engine
+
+
+def in_containers(engine: Engine, image: str, instances: int) -> dict[str, str]:
+    type_ = {"device": "cpu", "max": instances, "image": image}
+    return {
+        "DARKROOM_LAUNCHER": "docker",
+        "DARKROOM_DOCKER_URL": engine.url,
+        "DARKROOM_DOCKER_NETWORK": "host",
+        "DARKROOM_INSTANCE_TYPES": json.dumps({"cpu": type_}),
+    }
 
 
 def main() -> None:
@@ -305,21 +381,38 @@ def main() -> None:
     parser.add_argument("--instances", type=int, default=3)
     parser.add_argument("--pause", type=float, nargs=2, default=(3.0, 12.0))
     parser.add_argument("--seed", type=int, default=random.randrange(1000))
+    parser.add_argument("--launcher", choices=("process", "docker"), default="process")
+    parser.add_argument("--image", default="darkroom/worker-cpu")
+    parser.add_argument("--engine", type=Path)
+    parser.add_argument("--live-restore", action="store_true")
     asked: Any = parser.parse_args()
     print(f"seed {asked.seed}")
-    with Stack.temporary(settings={"DARKROOM_WORKER_THREADS": "1"}) as stack:
-        admin = deploy(stack, asked.instances)
-        if asked.jobs:
-            figures = run_jobs(
-                stack,
-                admin,
-                jobs=asked.jobs,
-                instances=asked.instances,
-                pause=tuple(asked.pause),
-                seed=asked.seed,
-            )
-            print(show(figures), flush=True)
-            wait_for_all(admin, asked.instances)
+    settings, engine = {"DARKROOM_WORKER_THREADS": "1"}, None
+    with contextlib.ExitStack() as opened:
+        if asked.launcher == "docker":
+            made = engine_in(asked.engine, asked.image, live_restore=asked.live_restore)
+            engine = opened.enter_context(made)
+            settings |= in_containers(engine, asked.image, asked.instances)
+        stack = opened.enter_context(Stack.temporary(settings=settings))
+        run(stack, asked, engine)
+
+
+def run(stack: Stack, asked: Any, engine: Engine | None) -> None:
+    admin = deploy(stack, asked.instances)
+    if asked.jobs:
+        figures = run_jobs(
+            stack,
+            admin,
+            jobs=asked.jobs,
+            instances=asked.instances,
+            pause=tuple(asked.pause),
+            seed=asked.seed,
+            engine=engine,
+        )
+        print(show(figures), flush=True)
+        stack.wait_ready("endpoints")
+        print(show_left(look_around(stack, admin, figures.kills, asked.instances, engine)))
+    if asked.kills:
         left = kill_fast(
             stack,
             admin,
@@ -327,8 +420,9 @@ def main() -> None:
             instances=asked.instances,
             pause=(0.1, 1.5),
             seed=asked.seed,
+            engine=engine,
         )
-        print(show_left(left))
+        print("without a pause:", show_left(left))
 
 
 if __name__ == "__main__":
