@@ -5,8 +5,6 @@ network but the machine's."""
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
 import subprocess
 import threading
 import time
@@ -16,8 +14,10 @@ from typing import Self
 
 import psutil
 
-STARTS_WITHIN = 60.0
+STARTS_WITHIN = 90.0
 STOPS_WITHIN = 60.0
+AGAIN_AFTER = 1.0
+"""Seconds; as long as `kill` says otherwise."""
 
 
 class Engine:
@@ -27,12 +27,14 @@ class Engine:
         self.home = home
         self.url = f"unix://{home}/docker.sock"
         self._live_restore = live_restore
+        self._away = AGAIN_AFTER
         self._process: subprocess.Popen[bytes] | None = None
-        self._again: threading.Timer | None = None
+        self._stopping = threading.Event()
+        self._keeper = threading.Thread(target=self._keep, daemon=True)
 
     def __enter__(self) -> Self:
         self.home.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._start()
+        self._keeper.start()
         try:
             self.wait()
         except BaseException:
@@ -43,9 +45,18 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def _start(self) -> None:
+    def _keep(self) -> None:
+        while not self._stopping.is_set():
+            self._process = self._start()
+            self._process.wait()
+            self._stopping.wait(self._away)
+            self._away = AGAIN_AFTER
+
+    def _start(self) -> subprocess.Popen[bytes]:
         pidfile = self.home / "docker.pid"
-        pidfile.unlink(missing_ok=True)  # by now its number may be somebody else's
+        containerd = self.home / "exec" / "containerd" / "containerd.pid"
+        for file in (pidfile, containerd):  # whose numbers may be somebody else's by now
+            file.unlink(missing_ok=True)
         command = [
             *("dockerd", "--host", self.url, "--data-root", str(self.home / "data")),
             *("--exec-root", str(self.home / "exec"), "--pidfile", str(pidfile)),
@@ -53,14 +64,12 @@ class Engine:
             f"--live-restore={str(self._live_restore).lower()}",
         ]
         with (self.home / "dockerd.log").open("ab") as log:
-            self._process = subprocess.Popen(
+            return subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
 
     def wait(self) -> None:
         """Until it answers. Raises RuntimeError with the end of its log."""
-        if self._again:
-            self._again.join()
         deadline = time.monotonic() + STARTS_WITHIN
         while time.monotonic() < deadline:
             if self._run("version").returncode == 0:
@@ -70,33 +79,39 @@ class Engine:
         raise RuntimeError("\n".join(["dockerd does not answer", *log]))
 
     def kill(self, *, away: float) -> bool:
-        """SIGKILL; `away` seconds later it is started again. False if it is away already."""
+        """SIGKILL; `away` seconds later it is started again. False if it is away already. Its
+        containerd, a child, dies with it."""
         if not self._process or self._process.poll() is not None:
             return False
+        self._away = away
         self._process.kill()
-        self._process.wait()
-        self._again = threading.Timer(away, self._start)
-        self._again.start()
         return True
 
     def stop(self) -> None:
         """With all containers. Their shims outlive a dockerd that was killed."""
-        if self._again:
-            self._again.join()
+        with contextlib.suppress(RuntimeError):
+            self.wait()
+            if left := self.docker("ps", "--all", "--quiet").split():
+                self.docker("rm", "--force", *left)
+        self._stopping.set()
         if self._process:
-            with contextlib.suppress(RuntimeError):
-                self.wait()
-                if left := self.docker("ps", "--all", "--quiet").split():
-                    self.docker("rm", "--force", *left)
             self._process.terminate()
-            try:
-                self._process.wait(STOPS_WITHIN)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+        self._keeper.join(STOPS_WITHIN)
+        if self._process and self._keeper.is_alive():
+            self._process.kill()
+            self._keeper.join()
         for shim in self.shims().values():
             with contextlib.suppress(psutil.Error):
-                os.kill(shim.pid, signal.SIGKILL)
+                for process in [*shim.children(recursive=True), shim]:
+                    process.kill()
+        for mount in reversed(self._mounts()):
+            subprocess.run(["umount", "--lazy", mount], check=False)
+
+    def _mounts(self) -> list[str]:
+        """What one that was killed left, without which its folder can't be removed."""
+        lines = Path("/proc/self/mounts").read_text().splitlines()
+        targets = [line.split()[1] for line in lines]
+        return [target for target in targets if target.startswith(f"{self.home}/")]
 
     def docker(self, *command: str) -> str:
         """Raises RuntimeError with what the engine says."""
