@@ -76,7 +76,8 @@ class Figures(msgspec.Struct, kw_only=True):
 
 
 class Left(msgspec.Struct, kw_only=True):
-    """After `kills` without a pause. `settled`: seconds until all instances were ready again."""
+    """After `kills`. `settled`: seconds until all instances were ready again. `forgotten`: what is
+    in containers that dockerd itself does not know any more; only a shim, if it had none yet."""
 
     kills: Counter[str]
     settled: float
@@ -84,6 +85,7 @@ class Left(msgspec.Struct, kw_only=True):
     orphan_workers: int
     orphan_engines: int
     orphan_containers: int = 0
+    forgotten: list[str] = []
     missing_workers: int
 
 
@@ -310,24 +312,33 @@ async def count_left(
     wanted = {row["instance_id"] for row in rows}
     workers = {worker.pid: worker.environ()["DARKROOM_INSTANCE_ID"] for worker in workers_of(stack)}
     engines = engines_of(stack)
+    containers = containers_of(engine) if engine else {}
     return Left(
         kills=kills,
         settled=settled,
         workers=len(workers),
         orphan_workers=sum(instance not in wanted for instance in workers.values()),
         orphan_engines=sum(process.ppid() not in workers for process in engines),
-        orphan_containers=count_containers_without(wanted, engine) if engine else 0,
+        orphan_containers=sum(id_ not in wanted for id_ in containers.values()),
+        forgotten=forgotten_by(engine) if engine else [],
         missing_workers=len(wanted - set(workers.values())),
     )
 
 
-def count_containers_without(wanted: set[str], engine: Engine) -> int:
-    """Those that no row knows, whether they live or not, and those that not even dockerd knows."""
-    label = '{{.ID}} {{.Label "darkroom.instance_id"}}'
-    listed = engine.docker("ps", "--all", "--no-trunc", "--format", label).splitlines()
-    known = dict(line.split() for line in listed)
-    unknown = set(engine.shims()) - set(known)
-    return sum(instance not in wanted for instance in known.values()) + len(unknown)
+def containers_of(engine: Engine) -> dict[str, str]:
+    """Instance ids by container id, whether they live or not."""
+    line = '{{.ID}} {{.Label "darkroom.instance_id"}}'
+    listed = engine.docker("ps", "--all", "--no-trunc", "--format", line).splitlines()
+    return dict(words.split() for words in listed)
+
+
+def forgotten_by(engine: Engine) -> list[str]:
+    known = containers_of(engine)
+    found: list[str] = []
+    for id_, shim in engine.shims().items():
+        if id_ not in known:
+            found.append(f"{id_[:12]}: {[' '.join(p.cmdline()) for p in shim.children()]}")
+    return found
 
 
 def told(kills: Counter[str]) -> str:
@@ -349,7 +360,7 @@ def show_left(left: Left) -> str:
         f"all ready {left.settled:.1f} s later\n"
         f"  {left.workers} workers; orphans: {left.orphan_workers} workers, "
         f"{left.orphan_engines} engines, {left.orphan_containers} containers; "
-        f"missing: {left.missing_workers}"
+        f"missing: {left.missing_workers}; shims that dockerd forgot: {left.forgotten}"
     )
 
 
