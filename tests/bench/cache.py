@@ -76,6 +76,7 @@ def run() -> None:
         (folder / "source").unlink()
         ours, theirs, reads = [], [], []
         pictures: list[dict[str, Picture]] = []
+        costs: list[dict[str, tuple[float, float]]] = []
         settings = _settings(stack, "worker")
         for _ in range(ROUNDS):
             theirs.append(_alone(partial(_download, settings, model, folder / "bare")))
@@ -84,9 +85,20 @@ def run() -> None:
             reads.append(_read(kept))
             kept.unlink()
             pictures.append(_alone(partial(_paint, settings, model, folder / "cache")))
+            costs.append(_alone(partial(_load, kept)))
             kept.unlink()
     _print(model.size // MB, ours, theirs, reads)
     _print_pictures(model.size // MB, pictures)
+    _print_costs(model.size // MB, costs)
+
+
+def _print_costs(megabytes: int, rounds: list[dict[str, tuple[float, float]]]) -> None:
+    rows = []
+    for what in rounds[0]:
+        own, bare = (statistics.median(each[what][side] for each in rounds) for side in (0, 1))
+        rows.append(Row(what, f"{own:.2f} s", f"{bare:.2f} s", f"{own / bare:.2f}×"))
+    title = f"CPU time of loading {megabytes} MB from the page cache, median of {ROUNDS}"
+    print_table(title, "the tensors alone", rows)
 
 
 def _print_pictures(megabytes: int, rounds: list[dict[str, Picture]]) -> None:
@@ -229,6 +241,42 @@ def _paint(settings: ObjectSettings, model: UsedModel, folder: Path) -> dict[str
     demo = UsedModel(type="Stable-diffusion", name=CHECKPOINT.name)
     paint(demo, {CHECKPOINT.name: CHECKPOINT})
     return uvloop.run(work())
+
+
+def _load(path: Path) -> dict[str, tuple[float, float]]:
+    """CPU seconds of a checkpoint, and of nothing but its file's tensors: read and made twice as
+    long, or only read."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+    from safetensors import safe_open
+
+    from services.inference.worker.pipelines.models.checkpoints import Checkpoint
+    from services.inference.worker.pipelines.models.components import Place
+    from services.inference.worker.pipelines.models.files import ModelFile
+
+    def own(dtype: torch.dtype) -> Checkpoint:
+        return Checkpoint(ModelFile(path, path.name), Place(torch.device("cpu"), dtype))
+
+    def widened() -> list[torch.Tensor]:
+        with safe_open(path, "pt") as file:
+            return [file.get_tensor(name).float() for name in file.keys()]  # noqa: SIM118
+
+    def read() -> None:
+        piece = bytearray(MB)
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(piece):
+                pass
+
+    def cost(work: Callable[[], object]) -> float:
+        before = time.process_time()
+        work()
+        return time.process_time() - before
+
+    own(torch.float16)  # imports what it needs
+    return {
+        "in full precision": (cost(lambda: own(torch.float32)), cost(widened)),
+        "as it is, mapped; read": (cost(lambda: own(torch.float16)), cost(read)),
+    }
 
 
 async def _fresh(
