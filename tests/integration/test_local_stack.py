@@ -230,7 +230,7 @@ async def denials(
 
 
 def test_every_user_of_the_contracts_has_a_password() -> None:
-    assert set(PERMISSIONS) | {"admin", "sys"} == set(NATS_USERS)
+    assert set(PERMISSIONS) | {"admin", "sys", "route"} == set(NATS_USERS)
 
 
 @pytest.mark.parametrize(
