@@ -301,7 +301,7 @@ job "darkroom" {
     }
   }
 
-  # One at a time; workers go on while it is away.
+  # One has the lead, and is replaced within seconds; workers go on while it is away.
   group "endpoints" {
     count = 1
 
