@@ -37,11 +37,5 @@ def stack() -> Iterator[Stack]:
 @pytest.fixture(scope="session")
 def admin(stack: Stack) -> Iterator[Client]:
     """The first user of the stack, logged in at the first gateway."""
-    settings = stack.environment()
-    with Client.log_in(
-        settings["DARKROOM_URL"],
-        settings["DARKROOM_API_KEY"],
-        settings["DARKROOM_ADMIN_USER"],
-        settings["DARKROOM_ADMIN_PASSWORD"],
-    ) as client:
+    with Client.log_in_at(stack.home) as client:
         yield client

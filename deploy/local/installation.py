@@ -29,7 +29,7 @@ from pathlib import Path
 import msgspec
 from argon2 import PasswordHasher
 
-from shared.settings import read_env_file as read_env_file  # where clients look for it
+from shared.settings import ObjectSettings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -213,6 +213,17 @@ class Installation:
 
     def nats_url_as(self, user: str) -> str:
         return self.nats_url.replace("nats://", f"nats://{user}:{self.secrets.nats[user]}@")
+
+    def object_settings(self, identity: str) -> ObjectSettings:
+        """Of one of the identities of the object store."""
+        key = self.secrets.s3[identity]
+        return ObjectSettings(
+            s3_url=self.s3_url,
+            s3_access_key=key.access_key,
+            s3_secret_key=key.secret_key,
+            s3_models_bucket=MODELS_BUCKET,
+            s3_jobs_bucket=JOBS_BUCKET,
+        )
 
     def client_environment(self) -> dict[str, str]:
         """What a client of this installation needs; also written to `local.env`."""

@@ -69,13 +69,7 @@ def stack_with(*, instances: int = 1, **settings: object) -> Iterator[tuple[Stac
     told = {f"DARKROOM_{name.upper()}": str(value) for name, value in settings.items()}
     told["DARKROOM_WORKER_THREADS"] = str(THREADS)
     with Stack.temporary(settings=told) as stack:
-        known = stack.environment()
-        client = Client.log_in(
-            known["DARKROOM_URL"],
-            known["DARKROOM_API_KEY"],
-            known["DARKROOM_ADMIN_USER"],
-            known["DARKROOM_ADMIN_PASSWORD"],
-        )
+        client = Client.log_in_at(stack.home)
         client.upload_checkpoint("Stable-diffusion", CHECKPOINT)
         if instances:
             client.create_endpoint("bench", count=instances)

@@ -31,7 +31,7 @@ import msgspec
 import psutil
 import uvloop
 
-from deploy.local.installation import JOBS_BUCKET, MODELS_BUCKET
+from deploy.local.installation import MODELS_BUCKET
 from deploy.local.stack import Stack
 from services.inference.worker.cache import ModelCache
 from shared.contracts.inference import RunJob, UsedModel
@@ -72,12 +72,12 @@ def run() -> None:
         tempfile.TemporaryDirectory(prefix="darkroom-bench-") as name,
     ):
         folder = Path(name)
-        model = asyncio.run(_upload(_settings(stack, "admin"), folder / "source"))
+        model = asyncio.run(_upload(stack.installation.object_settings("admin"), folder / "source"))
         (folder / "source").unlink()
         ours, theirs, reads = [], [], []
         pictures: list[dict[str, Picture]] = []
         costs: list[dict[str, tuple[float, float]]] = []
-        settings = _settings(stack, "worker")
+        settings = stack.installation.object_settings("worker")
         for _ in range(ROUNDS):
             theirs.append(_alone(partial(_download, settings, model, folder / "bare")))
             ours.append(_alone(partial(_fetch, settings, model, folder / "cache")))
@@ -135,17 +135,6 @@ def _speed(megabytes: int, seconds: float) -> str:
 
 def _growth(measured: list[Measured]) -> str:
     return f"{max(one.growth for one in measured) / MB:.0f} MB"
-
-
-def _settings(stack: Stack, who: str) -> ObjectSettings:
-    key = stack.installation.secrets.s3[who]
-    return ObjectSettings(
-        s3_url=stack.installation.s3_url,
-        s3_access_key=key.access_key,
-        s3_secret_key=key.secret_key,
-        s3_models_bucket=MODELS_BUCKET,
-        s3_jobs_bucket=JOBS_BUCKET,
-    )
 
 
 async def _upload(settings: ObjectSettings, source: Path) -> UsedModel:

@@ -22,14 +22,12 @@ import os
 import random
 import signal
 import tempfile
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
-from uuid import uuid4
+from typing import Any
 
 import asyncpg
 import httpx
@@ -40,17 +38,14 @@ import psutil
 from deploy.local.client import Client, Failed
 from deploy.local.demo import CHECKPOINT
 from deploy.local.stack import Stack
-from shared.contracts import envelope as cloud
 from shared.contracts.inference import FINISHED, Job
-from shared.contracts.registry import payload
-from shared.contracts.subjects import EVENTS, JOBS
+from shared.contracts.subjects import JOBS
+from tests.chaos.calling import Caller
 from tests.chaos.engine import Engine
-
-T = TypeVar("T")
+from tests.chaos.looking import all_events, count
 
 ENDPOINT = "pool"
 MODELS = {"Stable-diffusion": [CHECKPOINT.name]}
-PARAMS = {"prompt": "a blue square", "steps": 4, "width": 64, "height": 64}
 CALLERS_PER_INSTANCE = 4
 """So many jobs are under way at a time: more than an instance's share, less than a rush."""
 MOST_SECONDS = 1800.0
@@ -143,60 +138,32 @@ def lives(process: psutil.Process) -> bool:
     return process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
 
 
-class Caller:
-    """A client as it should be: it repeats what was not answered, with the same key."""
+class PoolCaller(Caller):
+    """Insists on an endpoint too that has no instance yet."""
 
     def __init__(self, client: Client) -> None:
-        self._client = client
-        self._lock = threading.Lock()
+        super().__init__(client, MODELS, seconds=MOST_SECONDS)
         self.repeated = 0
         self.started: list[str] = []
 
+    def will_pass(self, error: Exception) -> bool:
+        waking = isinstance(error, Failed) and error.status == 400 and "no available" in str(error)
+        return waking or super().will_pass(error)
+
+    def note_repetition(self) -> None:
+        self.repeated += 1
+
     def run_job(self, seed: int) -> None:
-        key, call = str(uuid4()), self._client.call
-        body = {"inference_type": "Async", "task_type": "txt2img", "models": MODELS}
-        created = self._insist(lambda: call("POST", "/inferences", body, idempotency_key=key))
-        inference = created["data"]["inference"]
-        job_id: str = inference["id"]
-
-        def put() -> None:
-            url = inference["api_params_s3_upload_url"]
-            self._client.http.put(url, json={**PARAMS, "seed": seed}).raise_for_status()
-
-        self._insist(put)
-        self._insist(lambda: call("PUT", f"/inferences/{job_id}/start", idempotency_key=key))
-        with self._lock:
+        job_id = self.start_job(seed)
+        with self.lock:
             self.started.append(job_id)
-        deadline = time.monotonic() + MOST_SECONDS
-        while self._insist(lambda: self._client.get_job(job_id))["status"] not in FINISHED:
-            if time.monotonic() > deadline:
-                return  # which the figures show
-            time.sleep(0.2)
-
-    def _insist(self, attempt: Callable[[], T]) -> T:
-        deadline = time.monotonic() + MOST_SECONDS
-        while True:
-            try:
-                return attempt()
-            except (httpx.TransportError, httpx.HTTPStatusError, Failed) as error:
-                status = error.status if isinstance(error, Failed) else 503
-                waking = status == 400 and "no available" in str(error)
-                if (status < 500 and not waking) or time.monotonic() > deadline:
-                    raise
-                with self._lock:
-                    self.repeated += 1
-                time.sleep(0.2)
+        # One that does not end is seen in the figures.
+        self.wait_for_job(job_id, seconds=MOST_SECONDS, every=0.2)
 
 
 def deploy(stack: Stack, instances: int) -> Client:
     """Returns when all instances are ready."""
-    given = stack.environment()
-    admin = Client.log_in(
-        stack.url,
-        given["DARKROOM_API_KEY"],
-        given["DARKROOM_ADMIN_USER"],
-        given["DARKROOM_ADMIN_PASSWORD"],
-    )
+    admin = Client.log_in_at(stack.home)
     admin.upload_checkpoint("Stable-diffusion", CHECKPOINT)
     admin.create_endpoint(ENDPOINT, count=instances)
     wait_for_all(admin, instances)
@@ -227,7 +194,7 @@ def run_jobs(
 ) -> Figures:
     """`pause`: seconds between two kills, at least and at most."""
     chance = random.Random(seed)
-    caller, killer = Caller(admin), Killer(stack, chance, engine)
+    caller, killer = PoolCaller(admin), Killer(stack, chance, engine)
     began = time.monotonic()
     with ThreadPoolExecutor(instances * CALLERS_PER_INSTANCE) as threads:
         running = [threads.submit(caller.run_job, number) for number in range(jobs)]
@@ -250,13 +217,11 @@ async def judge(stack: Stack, started: list[str], figures: Figures) -> Figures:
     client = await nats.connect(stack.installation.nats_url_as("admin"))
     js = client.jetstream()
     ends: Counter[str] = Counter()
-    state = (await js.stream_info(EVENTS)).state
-    for seq in range(state.first_seq, state.last_seq + 1):
-        message = payload(cloud.decode((await js.get_msg(EVENTS, seq, direct=True)).data or b""))
+    async for message in all_events(js):
         if isinstance(message, Job) and message.status in FINISHED:
             ends[message.job_id] += 1
             figures.failed += message.status == "failed"
-    queued = (await js.stream_info(JOBS)).state.messages
+    queued = await count(js, JOBS)
     await client.close()
     connection = await asyncpg.connect(stack.installation.postgres_url("postgres"))
     rows = await connection.fetch(

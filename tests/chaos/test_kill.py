@@ -6,34 +6,26 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Any, TypeVar
+from typing import Any
 from uuid import uuid4
 
 import asyncpg
-import httpx
 import msgspec
 import nats
 import pytest
 
-from deploy.local.client import Client, Failed
+from deploy.local.client import Client
 from deploy.local.demo import CHECKPOINT
-from deploy.local.installation import JOBS_BUCKET, MODELS_BUCKET
 from deploy.local.stack import Stack
-from shared.contracts import envelope as cloud
 from shared.contracts.identity import Role
 from shared.contracts.inference import Job
 from shared.contracts.models import Checkpoint
-from shared.contracts.registry import payload
-from shared.contracts.subjects import COMMANDS, DEAD, EVENTS, JOBS
-from shared.objects import Objects, result_prefix
-from shared.settings import ObjectSettings
-
-T = TypeVar("T")
+from tests.chaos.calling import Caller
+from tests.chaos.looking import all_events, check_results, until, until_nothing_waits
 
 VICTIMS = [
     "gateway",
@@ -53,7 +45,6 @@ AT_ONCE = 6
 ROUND_SECONDS = 90.0
 ENDPOINT = "chaos"
 MODEL = {"Stable-diffusion": [CHECKPOINT.name], "VAE": ["Automatic"]}
-PARAMS = {"prompt": "a blue square", "steps": 4, "width": 64, "height": 64}
 
 
 @pytest.fixture(scope="module")
@@ -74,26 +65,15 @@ class Round(msgspec.Struct):
     seconds: float = 0.0
 
 
-class Caller:
-    """A client as it should be: it repeats what was not answered, with the same key."""
+class KillCaller(Caller):
+    """Notes in `round` what happens to its calls."""
 
     def __init__(self, client: Client) -> None:
-        self._client = client
-        self._lock = threading.Lock()
+        super().__init__(client, MODEL, seconds=ROUND_SECONDS)
         self.round = Round("nobody")
 
-    def insist(self, attempt: Callable[[], T]) -> T:
-        deadline = time.monotonic() + ROUND_SECONDS
-        while True:
-            try:
-                return attempt()
-            except (httpx.TransportError, httpx.HTTPStatusError, Failed) as error:
-                status = error.status if isinstance(error, Failed) else 503
-                if status < 500 or time.monotonic() > deadline:
-                    raise
-                with self._lock:
-                    self.round.repeated += 1
-                time.sleep(0.2)
+    def note_repetition(self) -> None:
+        self.round.repeated += 1
 
     def create(self, name: str) -> str:
         """A checkpoint or a role."""
@@ -102,34 +82,19 @@ class Caller:
         if name.startswith("checkpoint"):
             files: Any = [{"filename": name, "parts_number": 1}]
             path, body = "/checkpoints", {"checkpoint_type": "Lora", "filenames": files}
-        self.insist(lambda: self._client.call("POST", path, body, idempotency_key=key))
-        with self._lock:
+        self.insist(lambda: self.client.call("POST", path, body, idempotency_key=key))
+        with self.lock:
             self.round.commands += 1
             self.round.longest = max(self.round.longest, time.monotonic() - began)
         return name
 
     def run_job(self, seed: int) -> str:
-        began, key = time.monotonic(), str(uuid4())
-        call = self._client.call
-        body = {"inference_type": "Async", "task_type": "txt2img", "models": MODEL}
-        created = self.insist(lambda: call("POST", "/inferences", body, idempotency_key=key))
-        inference = created["data"]["inference"]
-        job_id: str = inference["id"]
-
-        def put() -> None:
-            url = inference["api_params_s3_upload_url"]
-            self._client.http.put(url, json={**PARAMS, "seed": seed}).raise_for_status()
-
-        self.insist(put)
-        self.insist(lambda: call("PUT", f"/inferences/{job_id}/start", idempotency_key=key))
-        while True:
-            job = self.insist(lambda: self._client.get_job(job_id))
-            if job["status"] in ("succeed", "failed"):
-                break
-            assert time.monotonic() - began < ROUND_SECONDS, job
-            time.sleep(0.1)
-        assert job["status"] == "succeed", job["error"]
-        with self._lock:
+        began = time.monotonic()
+        job_id = self.start_job(seed)
+        left = began + ROUND_SECONDS - time.monotonic()
+        job = self.wait_for_job(job_id, seconds=left, every=0.1)
+        assert job["status"] == "succeed", job
+        with self.lock:
             self.round.jobs += 1
             self.round.longest_job = max(self.round.longest_job, time.monotonic() - began)
         return job_id
@@ -152,17 +117,11 @@ def kill(stack: Stack, victim: str) -> None:
 def test_nothing_is_lost_or_doubled_whoever_is_killed(
     chaos: Stack, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = chaos.environment()
-    admin = Client.log_in(
-        chaos.url,
-        given["DARKROOM_API_KEY"],
-        given["DARKROOM_ADMIN_USER"],
-        given["DARKROOM_ADMIN_PASSWORD"],
-    )
+    admin = Client.log_in_at(chaos.home)
     admin.upload_checkpoint("Stable-diffusion", CHECKPOINT)
     admin.create_endpoint(ENDPOINT)
     admin.wait_for_endpoint(ENDPOINT)
-    caller = Caller(admin)
+    caller = KillCaller(admin)
     rounds: list[Round] = []
     created: list[str] = []
     jobs: list[str] = []
@@ -222,15 +181,11 @@ async def look_inside(stack: Stack, created: list[str], jobs: list[str]) -> None
     installation = stack.installation
     client = await nats.connect(installation.nats_url_as("admin"))
     js = client.jetstream()
-    for stream in (COMMANDS, JOBS, DEAD):
-        await until(lambda stream=stream: count(js, stream), 0, f"messages in {stream}")  # type: ignore[misc]
+    await until_nothing_waits(js)
 
     made: Counter[str] = Counter()
     ended: Counter[str] = Counter()
-    state = (await js.stream_info(EVENTS)).state
-    for seq in range(state.first_seq, state.last_seq + 1):
-        envelope = cloud.decode((await js.get_msg(EVENTS, seq, direct=True)).data or b"")
-        message = payload(envelope)
+    async for message in all_events(js):
         if isinstance(message, Role) and not message.is_default:
             made[message.role_name] += 1
             assert message.version == 1
@@ -245,20 +200,7 @@ async def look_inside(stack: Stack, created: list[str], jobs: list[str]) -> None
     assert made == Counter(created)
     assert ended == Counter(jobs)
 
-    key = installation.secrets.s3["admin"]
-    settings = ObjectSettings(
-        s3_url=installation.s3_url,
-        s3_access_key=key.access_key,
-        s3_secret_key=key.secret_key,
-        s3_models_bucket=MODELS_BUCKET,
-        s3_jobs_bucket=JOBS_BUCKET,
-    )
-    async with Objects(settings).open() as objects:
-        for job_id in jobs:
-            prefix = result_prefix(job_id)
-            found = await objects.client.list_objects_v2(Bucket=JOBS_BUCKET, Prefix=prefix)
-            results = {item["Key"].removeprefix(prefix) for item in found["Contents"]}
-            assert results == {"image_0.png", f"{job_id}_param.json"}
+    await check_results(installation, jobs)
 
     connection = await asyncpg.connect(installation.postgres_url("postgres"))
     for schema in ("identity", "models", "endpoints", "inference"):
@@ -276,15 +218,3 @@ async def look_inside(stack: Stack, created: list[str], jobs: list[str]) -> None
     """
     assert await connection.fetch(behind) == []
     await connection.close()
-
-
-async def count(js: Any, stream: str) -> int:
-    messages: int = (await js.stream_info(stream)).state.messages
-    return messages
-
-
-async def until(look: Callable[[], Any], wanted: object, what: str, seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while (seen := await look()) != wanted:
-        assert time.monotonic() < deadline, f"{what}: {seen}, not {wanted}"
-        await asyncio.sleep(0.2)

@@ -9,7 +9,8 @@ import pytest
 
 from deploy.local.client import Client, Failed
 from deploy.local.demo import CHECKPOINT
-from tests.chaos.test_kill import MODEL, PARAMS
+from tests.chaos.calling import PARAMS
+from tests.chaos.test_kill import MODEL
 from tests.containers.engine import Deployment, needs_engine
 
 pytestmark = [needs_engine, pytest.mark.timeout(2400)]

@@ -17,14 +17,10 @@ import pytest
 
 from deploy.local.client import Client
 from deploy.local.demo import CHECKPOINT
-from deploy.local.installation import JOBS_BUCKET, MODELS_BUCKET
-from shared.contracts import envelope as cloud
 from shared.contracts.inference import Job
-from shared.contracts.registry import payload
-from shared.contracts.subjects import COMMANDS, DEAD, EVENTS, JOBS
-from shared.objects import Objects, result_prefix
-from shared.settings import ObjectSettings
-from tests.chaos.test_kill import ENDPOINT, Caller, Round, count, until
+from shared.contracts.subjects import EVENTS
+from tests.chaos.looking import all_events, check_results, until_nothing_waits
+from tests.chaos.test_kill import ENDPOINT, KillCaller, Round
 from tests.containers.engine import Deployment, deployed, inspect, needs_engine, run
 
 pytestmark = [needs_engine, pytest.mark.timeout(1800)]
@@ -63,7 +59,7 @@ def test_one_of_everything_may_stop(
     admin.upload_checkpoint("Stable-diffusion", CHECKPOINT)
     admin.create_endpoint(ENDPOINT)
     admin.wait_for_endpoint(ENDPOINT)
-    caller = Caller(admin)
+    caller = KillCaller(admin)
     seeds = iter(range(JOBS_IN_ALL))
     jobs: list[str] = []
     roles: list[str] = []
@@ -87,7 +83,7 @@ def test_one_of_everything_may_stop(
 def stop_one(
     cluster: Deployment,
     service: str,
-    caller: Caller,
+    caller: KillCaller,
     seeds: list[int],
     jobs: list[str],
     roles: list[str],
@@ -158,14 +154,10 @@ async def look_inside(cluster: Deployment, admin: Client, jobs: list[str]) -> No
     installation = cluster.installation
     client = await nats.connect(installation.nats_url_as("admin"))
     js = client.jetstream()
-    for stream in (COMMANDS, JOBS, DEAD):
-        await until(lambda stream=stream: count(js, stream), 0, f"messages in {stream}")  # type: ignore[misc]
+    await until_nothing_waits(js)
     ended: Counter[str] = Counter()
     versions: set[tuple[str, int]] = set()
-    state = (await js.stream_info(EVENTS)).state
-    for seq in range(state.first_seq, state.last_seq + 1):
-        envelope = cloud.decode((await js.get_msg(EVENTS, seq, direct=True)).data or b"")
-        message = payload(envelope)
+    async for message in all_events(js):
         if isinstance(message, Job) and (message.job_id, message.version) not in versions:
             versions.add((message.job_id, message.version))  # told again after a lost connection
             if message.status in ("succeed", "failed"):
@@ -174,20 +166,7 @@ async def look_inside(cluster: Deployment, admin: Client, jobs: list[str]) -> No
     await client.close()
     assert ended == Counter(jobs)
 
-    key = installation.secrets.s3["admin"]
-    settings = ObjectSettings(
-        s3_url=installation.s3_url,
-        s3_access_key=key.access_key,
-        s3_secret_key=key.secret_key,
-        s3_models_bucket=MODELS_BUCKET,
-        s3_jobs_bucket=JOBS_BUCKET,
-    )
-    async with Objects(settings).open() as objects:
-        for job_id in jobs:
-            prefix = result_prefix(job_id)
-            found = await objects.client.list_objects_v2(Bucket=JOBS_BUCKET, Prefix=prefix)
-            results = {item["Key"].removeprefix(prefix) for item in found["Contents"]}
-            assert results == {"image_0.png", f"{job_id}_param.json"}
+    await check_results(installation, jobs)
 
     assert cluster.sql("SELECT status, count(*) FROM inference.jobs GROUP BY 1") == [
         f"succeed|{len(jobs)}"

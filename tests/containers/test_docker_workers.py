@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from deploy.local.demo import CHECKPOINT
-from tests.chaos.test_kill import MODEL, PARAMS
+from tests.chaos.calling import PARAMS
+from tests.chaos.test_kill import MODEL
 from tests.containers.engine import Deployment, deployed, inspect, needs_engine, run
 
 SOCKET = Path(os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock").removeprefix("unix://"))

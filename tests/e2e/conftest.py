@@ -11,13 +11,7 @@ from tests.e2e.described import StrictClient
 @pytest.fixture(scope="session")
 def api(stack: Stack) -> Iterator[StrictClient]:
     """The first user of the stack at the first gateway; every answer is held against GET /api."""
-    settings = stack.environment()
-    with StrictClient.log_in(
-        settings["DARKROOM_URL"],
-        settings["DARKROOM_API_KEY"],
-        settings["DARKROOM_ADMIN_USER"],
-        settings["DARKROOM_ADMIN_PASSWORD"],
-    ) as client:
+    with StrictClient.log_in_at(stack.home) as client:
         yield client
 
 

@@ -33,7 +33,6 @@ from shared.contracts.subjects import (
     jobs_consumer,
 )
 from shared.objects import Objects, params_key
-from shared.settings import ObjectSettings
 
 M = TypeVar("M", bound=Message)
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -45,7 +44,7 @@ class Bus:
     def __init__(self, stack: Stack, folder: Path) -> None:
         self.installation = stack.installation
         self.folder = folder
-        self.objects = Objects(self.object_settings("admin"))
+        self.objects = Objects(self.installation.object_settings("admin"))
         self.events: list[tuple[Envelope, Message]] = []
         self.progress: list[inference.JobProgress] = []
         self.previews: list[inference.JobPreview] = []
@@ -78,16 +77,6 @@ class Bus:
                     process.kill()
                     process.wait()
                 await self.client.close()
-
-    def object_settings(self, who: str) -> ObjectSettings:
-        key = self.installation.secrets.s3[who]
-        return ObjectSettings(
-            s3_url=self.installation.s3_url,
-            s3_access_key=key.access_key,
-            s3_secret_key=key.secret_key,
-            s3_models_bucket=MODELS_BUCKET,
-            s3_jobs_bucket=JOBS_BUCKET,
-        )
 
     def start(self, module: str, who: str, name: str, **more: object) -> subprocess.Popen[bytes]:
         """A process of ours, as the user `who`; its log is `<folder>/<name>.log`."""

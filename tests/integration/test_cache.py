@@ -18,7 +18,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from deploy.local.installation import JOBS_BUCKET, MODELS_BUCKET, REPOSITORY
+from deploy.local.installation import MODELS_BUCKET, REPOSITORY
 from deploy.local.stack import Stack
 from services.inference.worker.cache import OURS, ModelCache
 from services.inference.worker.engine import JobFailure
@@ -27,7 +27,6 @@ from services.inference.worker.hashes import Hashes
 from shared.contracts.envelope import new_id
 from shared.contracts.inference import UsedModel
 from shared.objects import Objects
-from shared.settings import ObjectSettings
 from tests.integration.inference_bus import until
 
 MIB = 1024**2
@@ -102,19 +101,10 @@ class Store:
     def __init__(self, stack: Stack, proxy: Proxy) -> None:
         self.installation = stack.installation
         self.proxy = proxy
-        self.admin = Objects(self.settings("admin", self.installation.s3_url))
-        self.objects = Objects(self.settings("worker", proxy.url))
+        self.admin = Objects(self.installation.object_settings("admin"))
+        settings = self.installation.object_settings("worker")
+        self.objects = Objects(msgspec.structs.replace(settings, s3_url=proxy.url))
         self.processes: list[Process] = []
-
-    def settings(self, who: str, url: str) -> ObjectSettings:
-        key = self.installation.secrets.s3[who]
-        return ObjectSettings(
-            s3_url=url,
-            s3_access_key=key.access_key,
-            s3_secret_key=key.secret_key,
-            s3_models_bucket=MODELS_BUCKET,
-            s3_jobs_bucket=JOBS_BUCKET,
-        )
 
     async def put(
         self, content: bytes, name: str = "model.safetensors", sha256: str | None = None

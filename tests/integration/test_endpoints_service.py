@@ -315,11 +315,14 @@ def children(process: subprocess.Popen[bytes] | None) -> list[str]:
     return [child.status() for child in psutil.Process(process.pid).children()]
 
 
-@pytest.fixture(scope="module")
-async def running(installation: Installation) -> AsyncIterator[Endpoints]:
+@contextlib.asynccontextmanager
+async def running_with(
+    installation: Installation, settings: dict[str, str]
+) -> AsyncIterator[Endpoints]:
     client = await connect_as(installation, "gateway")
     observer = await connect_as(installation, "admin")
     made = Endpoints(installation, client, observer)
+    made.settings = settings
     await made.follow()
     made.start()
     yield made
@@ -327,6 +330,12 @@ async def running(installation: Installation) -> AsyncIterator[Endpoints]:
         await made.terminate()
     await observer.close()
     await client.close()
+
+
+@pytest.fixture(scope="module")
+async def running(installation: Installation) -> AsyncIterator[Endpoints]:
+    async with running_with(installation, {}) as made:
+        yield made
 
 
 @pytest.fixture

@@ -33,7 +33,6 @@ from shared.contracts.models import Checkpoint, PartTag, UploadFile
 from shared.contracts.registry import payload, type_of
 from shared.contracts.subjects import COMMANDS, EVENTS, command_subject, progress_subject
 from shared.objects import Objects
-from shared.settings import ObjectSettings
 from tests.weights import weights
 
 MIB = 1024**2
@@ -81,11 +80,7 @@ class Bucket:
 
 @contextlib.asynccontextmanager
 async def bucket_as(installation: Installation, identity: str) -> AsyncIterator[Bucket]:
-    key = installation.secrets.s3[identity]
-    settings = ObjectSettings(
-        s3_url=installation.s3_url, s3_access_key=key.access_key, s3_secret_key=key.secret_key
-    )
-    async with Objects(settings).open() as objects:
+    async with Objects(installation.object_settings(identity)).open() as objects:
         yield Bucket(objects)
 
 

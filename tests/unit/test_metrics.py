@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from datetime import UTC, datetime, timedelta
-from typing import Any
+from datetime import timedelta
 from uuid import uuid4
 
 from prometheus_client import REGISTRY, Gauge
 
 from services.inference import metrics as ledger
-from services.inference.domain import Job
 from shared.contracts import inference
 from shared.metrics import Reading, Sampler, scrape
+from tests.unit.test_inference_domain import NOW, make_job
 
-NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 QUEUE = Gauge("test_queue", "A queue", ["endpoint"])
 
 
@@ -51,17 +49,7 @@ def count(name: str, **labels: str) -> float:
 
 def test_the_ledger_counts_a_job_by_its_events() -> None:
     endpoint = f"e-{uuid4().hex[:8]}"
-    known: dict[str, Any] = {
-        "job_id": "j",
-        "owner": "alice",
-        "inference_type": "Async",
-        "task_type": "txt2img",
-        "models": [],
-        "bucket": "b",
-        "params_key": "k",
-        "created_at": NOW,
-    }
-    started = Job(**known, status="inprogress", endpoint_name=endpoint, started_at=NOW)
+    started = make_job(status="inprogress", endpoint_name=endpoint, started_at=NOW)
     begun = NOW + timedelta(seconds=5)
     taken = started.take(1, instance_id="i", seconds={"fetch": 1.5, "line": 0.5}, now=begun)
     again = taken.take(2, instance_id="j", seconds={}, now=begun)
@@ -73,7 +61,7 @@ def test_the_ledger_counts_a_job_by_its_events() -> None:
         warnings=[],
         now=NOW + timedelta(seconds=9),
     )
-    ledger.observe(inference.JobCreated.of(Job(**known)))
+    ledger.observe(inference.JobCreated.of(make_job()))
     for event in (
         inference.JobStarted.of(started),
         inference.JobTaken.of(taken),

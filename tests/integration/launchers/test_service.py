@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import random
-import subprocess
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -20,9 +18,9 @@ from shared.contracts.endpoints import ResyncEndpoints
 from tests.integration.launchers.places import Containers, FakeNomad
 from tests.integration.test_endpoints_service import (  # noqa: F401 - fixtures
     Endpoints,
-    connect_as,
     folder,
     installation,
+    running_with,
 )
 
 
@@ -100,21 +98,13 @@ async def service(
     installation: Installation,  # noqa: F811
     workers: Any,
 ) -> AsyncIterator[Endpoints]:
-    client = await connect_as(installation, "gateway")
-    observer = await connect_as(installation, "admin")
-    made = Endpoints(installation, client, observer)
-    made.settings = {
+    settings = {
         **workers.settings,
         "DARKROOM_WORKER_COMMAND": "{python} /worker.py",
         "DARKROOM_RUN": "",
     }
-    await made.follow()
-    made.start()
-    yield made
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        await made.terminate()
-    await observer.close()
-    await client.close()
+    async with running_with(installation, settings) as made:
+        yield made
 
 
 async def until_living(workers: Workers, count: int, seconds: float = 30) -> set[str]:
