@@ -28,7 +28,7 @@ from shared import logs, metrics, tracing
 from shared.attempts import Attempts
 from shared.contracts import envelope as cloud
 from shared.contracts.envelope import DeadLetter, Envelope, Message
-from shared.contracts.registry import TYPES
+from shared.contracts.registry import TYPES, payload
 from shared.contracts.subjects import ACK_WAIT, dead_subject
 from shared.errors import Retry
 from shared.postgres import AWAY
@@ -78,6 +78,20 @@ async def connect(
         reconnected_cb=on_reconnect,
         **connect_options(settings),
     )
+
+
+async def hear(client: Client, subject: str, listener: Callable[[Message], None]) -> None:
+    """From now on `listener` is told the telemetry of a subject; what can't be read is dropped."""
+
+    async def receive(message: Msg) -> None:
+        try:
+            told = payload(cloud.decode(message.data))
+        except (msgspec.MsgspecError, KeyError) as error:
+            log.debug("telemetry_misread", error=repr(error))
+            return
+        listener(told)
+
+    await client.subscribe(subject, cb=receive)
 
 
 def make_broker(settings: BusSettings, *middlewares: Any) -> NatsBroker:

@@ -77,17 +77,13 @@ async def scrape(samplers: Sequence[Sampler], dependencies: Mapping[str, str]) -
 async def _sample(sampler: Sampler) -> None:
     readings: Iterable[Reading] = ()
     try:
-        readings = await asyncio.wait_for(_read(sampler), TIMEOUT)
+        readings = await asyncio.wait_for(sampler.read(), TIMEOUT)
     except Exception as error:
         log.debug("not_sampled", gauges=[str(gauge) for gauge in sampler.gauges], error=repr(error))
     for gauge in sampler.gauges:
         gauge.clear()
     for gauge, labels, value in readings:
         gauge.labels(*labels).set(value)
-
-
-async def _read(sampler: Sampler) -> Iterable[Reading]:
-    return await sampler.read()
 
 
 def outbox_sampler(owner: str, pool: Any) -> Sampler:

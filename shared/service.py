@@ -13,21 +13,19 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import asyncpg
-import msgspec
 import nats.errors
 import uvicorn
 import uvloop
 from faststream.nats import NatsBroker
 from nats.aio.client import Client
-from nats.aio.msg import Msg
 from nats.js import JetStreamContext
 
 from shared import logs, metrics, tracing
 from shared.attempts import Attempts
-from shared.bus import Handlers, Receiver, make_broker, pull, wait_for_consumer
+from shared.bus import Handlers, Receiver, hear, make_broker, pull, wait_for_consumer
 from shared.contracts import envelope as cloud
 from shared.contracts.envelope import Message
-from shared.contracts.registry import payload, type_of
+from shared.contracts.registry import type_of
 from shared.contracts.subjects import COMMANDS, EVENTS, progress_subject
 from shared.health import Check, Page, health_app
 from shared.metrics import Sampler
@@ -195,14 +193,7 @@ class Service:
 
     async def hear(self, subject: str, listener: Callable[[Message], None]) -> None:
         """From now on `listener` is told the telemetry of others."""
-
-        async def receive(message: Msg) -> None:
-            try:
-                listener(payload(cloud.decode(message.data)))
-            except (msgspec.MsgspecError, KeyError) as error:
-                log.debug("telemetry_misread", error=repr(error))
-
-        await self._client.subscribe(subject, cb=receive)
+        await hear(self._client, subject, listener)
 
     @property
     def connections(self) -> int | None:

@@ -10,9 +10,8 @@ work.
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -66,18 +65,10 @@ def span(
     `parent` names. An exception is recorded and goes on."""
     if _tracer is None:
         return _nothing
-    return _span(name, kind, parent, attributes)
-
-
-@contextlib.contextmanager
-def _span(
-    name: str, kind: Kind, parent: str | None, attributes: Mapping[str, Any] | None
-) -> Iterator[Any]:
-    started = _tracer.start_as_current_span(
+    started: AbstractContextManager[Any] = _tracer.start_as_current_span(
         name, context=_context(parent), kind=_kind(kind), attributes=_said(attributes)
     )
-    with started as current:
-        yield current
+    return started
 
 
 def name_span(name: str) -> None:
@@ -110,12 +101,12 @@ def record(
     past.end(end_time=int(ended * 1e9))
 
 
-def record_stages(seconds: Mapping[str, float], *, ended: float | None = None) -> None:
-    """One span for each stage, one after the other, the last of which ended at `ended` (now):
-    a stopwatch tells how long each took in all, not when."""
+def record_stages(seconds: Mapping[str, float]) -> None:
+    """One span for each stage, one after the other, the last of which has just ended: a stopwatch
+    tells how long each took in all, not when."""
     if _tracer is None:
         return
-    began = (ended or time.time()) - sum(seconds.values())
+    began = time.time() - sum(seconds.values())
     for name, spent in seconds.items():
         record(name, began=began, ended=began + spent)
         began += spent

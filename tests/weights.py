@@ -29,6 +29,12 @@ def content(size: int, seed: str = "") -> bytes:
 
 def weights(type_: str, size: int = 16_384, seed: str = "") -> bytes:
     """A safetensors file of that many bytes in all."""
+    entries, length = entries_of(type_, size)
+    return with_header(entries, content(length, seed))
+
+
+def entries_of(type_: str, size: int) -> tuple[dict[str, Any], int]:
+    """The header of a file of that many bytes in all, and how many of them follow it."""
     entries: dict[str, Any] = {}
     at = 0
     for name, shape in TENSORS[type_].items():
@@ -40,7 +46,7 @@ def weights(type_: str, size: int = 16_384, seed: str = "") -> bytes:
     rest = size - 8 - HEADER - at
     assert rest > 0, "too small for its header"
     entries["filler"] = {"dtype": "U8", "shape": (rest,), "data_offsets": (at, at + rest)}
-    return with_header(entries, content(at + rest, seed))
+    return entries, at + rest
 
 
 def with_header(entries: Any, data: bytes, length: int = HEADER) -> bytes:

@@ -22,12 +22,9 @@ from pathlib import Path
 
 import msgspec
 
-from deploy.local.installation import ROLES, Installation, Secrets, load_secrets
+from deploy.local.installation import ROLES, ROUTE_USER, Installation, Secrets, load_secrets
 from deploy.local.processes import secrets_of
 from deploy.local.servers import nats_settings, s3_configuration
-
-ROUTE_USER = "route"
-"""As whom the servers of a NATS cluster know each other."""
 
 
 class ContainerInstallation(Installation):
@@ -68,10 +65,7 @@ class ContainerInstallation(Installation):
         password = self.secrets.nats["subscriber"]
         nats = self._address("DARKROOM_NATS_PUBLIC", "127.0.0.1:4222")
         return {
-            "DARKROOM_URL": self.url,
-            "DARKROOM_API_KEY": self.secrets.api_key,
-            "DARKROOM_ADMIN_USER": "admin",
-            "DARKROOM_ADMIN_PASSWORD": self.secrets.admin_password,
+            **super().client_environment(),
             "DARKROOM_NATS_URL": f"nats://subscriber:{password}@{nats}",
             "DARKROOM_S3_URL": self._address("DARKROOM_S3_PUBLIC_URL", "http://127.0.0.1:8333"),
         }

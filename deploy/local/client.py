@@ -54,8 +54,12 @@ class Client:
 
     @classmethod
     def log_in_at(cls, home: Path) -> Self:
-        """As the first user of the installation in a folder, which must be up."""
-        settings = read_env_file(home / "local.env")
+        """As the first user of the installation in a folder, which must be up. Raises
+        FileNotFoundError if there is none."""
+        file = home / "local.env"
+        if not file.exists():
+            raise FileNotFoundError(f"there is no installation at {home}: `just up` makes it")
+        settings = read_env_file(file)
         return cls.log_in(
             settings["DARKROOM_URL"],
             settings["DARKROOM_API_KEY"],

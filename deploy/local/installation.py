@@ -37,7 +37,9 @@ SERVICES = ("identity", "models", "endpoints", "inference")
 ROLES = ("gateway", *SERVICES)
 """Who has a role and a schema of its own in Postgres."""
 
-NATS_USERS = (*ROLES, "worker", "subscriber", "admin", "sys", "route")
+ROUTE_USER = "route"
+"""As whom the servers of a NATS cluster know each other."""
+NATS_USERS = (*ROLES, "worker", "subscriber", "admin", "sys", ROUTE_USER)
 """`route`: as whom the servers of a cluster know each other."""
 S3_IDENTITIES = ("gateway", "models", "inference", "worker", "admin")
 WEED_KEYS = (

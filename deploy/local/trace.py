@@ -167,8 +167,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with Client.log_in_at(default_home()) as client:
             follow(client, options.job, console)
-    except KeyError:
-        console.print(f"there is no installation at {default_home()}: `just up` makes it")
+    except FileNotFoundError as error:
+        console.print(str(error), markup=False)
         return 1
     except httpx.TransportError as error:
         console.print(f"nobody answers ({error}): is it up?")

@@ -149,8 +149,7 @@ class InstanceTypes(msgspec.Struct, frozen=True, kw_only=True):
 class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     """`scaled_to`: instances that are wanted, since `scaled_at`. `crashes`: quick ones in a row,
     whether of one instance or of all that were started together; no worker is started before
-    `retry_at`. Those four and `released` are nobody else's business: they change without a new
-    version."""
+    `retry_at`. Those four are nobody else's business: they change without a new version."""
 
     endpoint_id: str
     endpoint_name: str

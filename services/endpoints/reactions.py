@@ -26,7 +26,7 @@ from services.endpoints.domain import (
     event_after,
     make_plan,
 )
-from services.endpoints.launchers import Launcher, LaunchFailed, NoRoomYet
+from services.endpoints.launchers import Launcher, LaunchFailed, NoRoomYet, stop_all
 from services.endpoints.store import EndpointStore, InstanceStore, Lead
 from shared.contracts.endpoints import InstanceBeat
 from shared.contracts.envelope import Message, new_id
@@ -43,6 +43,12 @@ QUEUE_CHECK = 30.0
 """Seconds after which a queue is looked at again: without it workers spin and no job arrives."""
 LAST_STOP = 8.0
 """Seconds that workers have to finish when this service stops."""
+
+
+async def _change(before: Endpoint, after: Endpoint, tx: Tx) -> None:
+    await EndpointStore(tx.conn).save(after)
+    if event := event_after(before, after):
+        tx.emit(event)
 
 
 async def add_instance(instance: Instance, tx: Tx) -> None:
@@ -75,9 +81,7 @@ async def end_instance(ending: Ending, tx: Tx) -> None:
     if changed.endpoint_status == FAILED:
         await instances.remove_all_of(endpoint.endpoint_id)
     changed = changed.count_ready(ready, now=tx.now)
-    await endpoints.save(changed)
-    if event := event_after(endpoint, changed):
-        tx.emit(event)
+    await _change(endpoint, changed, tx)
 
 
 async def retire_instance(instance: Instance, drain: timedelta, tx: Tx) -> None:
@@ -88,9 +92,7 @@ async def retire_instance(instance: Instance, drain: timedelta, tx: Tx) -> None:
         return
     await instances.retire(instance.instance_id, tx.now + drain)
     changed = endpoint.count_ready(await instances.count_ready(endpoint.endpoint_id), now=tx.now)
-    await endpoints.save(changed)
-    if event := event_after(endpoint, changed):
-        tx.emit(event)
+    await _change(endpoint, changed, tx)
 
 
 async def scale_endpoint(endpoint_id: str, to: int, seen: datetime | None, tx: Tx) -> None:
@@ -99,20 +101,14 @@ async def scale_endpoint(endpoint_id: str, to: int, seen: datetime | None, tx: T
     endpoint = await store.find(endpoint_id)
     if endpoint is None or not endpoint.scales or endpoint.scaled_at != seen:
         return
-    scaled = endpoint.scale(to, now=tx.now)
-    await store.save(scaled)
-    if event := event_after(endpoint, scaled):
-        tx.emit(event)
+    await _change(endpoint, endpoint.scale(to, now=tx.now), tx)
 
 
 async def release_endpoint(endpoint_id: str, tx: Tx) -> None:
     store = EndpointStore(tx.conn)
     endpoint = await store.find(endpoint_id)
     if endpoint and not endpoint.released:
-        released = endpoint.release()
-        await store.save(released)
-        if event := event_after(endpoint, released):
-            tx.emit(event)
+        await _change(endpoint, endpoint.release(), tx)
 
 
 class Pulses:
@@ -213,7 +209,7 @@ class Reconciler:
                             await self._end(service, Ending(instance=instance, crash=None))
                 except Exception as error:  # Postgres may be stopping too; the next start sees it
                     log.warning("stop_not_recorded", error=repr(error))
-                await self._launcher.stop_all(within=LAST_STOP)
+                await stop_all(self._launcher, within=LAST_STOP)
             await self._launcher.close()
 
     async def _wait_for(self, lead: Lead) -> None:

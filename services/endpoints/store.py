@@ -203,17 +203,12 @@ class InstanceStore:
         )
         return bool(removed)
 
-    async def retire(self, instance_id: str, stop_by: datetime) -> bool:
-        """False when it was given up, or has ended, before."""
-        retired = await self._conn.fetchval(
-            """
-            UPDATE instances SET stop_by = $2 WHERE instance_id = $1 AND stop_by IS NULL
-            RETURNING true
-            """,
+    async def retire(self, instance_id: str, stop_by: datetime) -> None:
+        await self._conn.execute(
+            "UPDATE instances SET stop_by = $2 WHERE instance_id = $1 AND stop_by IS NULL",
             instance_id,
             stop_by,
         )
-        return bool(retired)
 
     async def retire_all_of(self, endpoint_id: str, stop_by: datetime) -> None:
         await self._conn.execute(

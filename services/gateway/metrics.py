@@ -23,7 +23,8 @@ COMMAND = Histogram(
 )
 REFUSED = Counter(
     "darkroom_http_refused_total",
-    "Requests answered before a route was looked for: no API key (403), starting (503)",
+    "Requests answered before a route was looked for: %00 in the URL (400), no API key (403), "
+    "starting (503)",
     ["status"],
 )
 STREAMS = Gauge("darkroom_event_streams", "Clients that follow events here")

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import asyncio
 
-import msgspec
 from nats.aio.client import Client
-from nats.aio.msg import Msg
 
-from shared.contracts import envelope as cloud
+from shared.bus import hear
 from shared.contracts.endpoints import InstanceBeat
-from shared.contracts.registry import payload
+from shared.contracts.envelope import Message
 from shared.contracts.subjects import BEAT, beat_subject
-from shared.logs import get_logger
-
-log = get_logger(__name__)
 
 FRESH = 4 * BEAT
 
@@ -26,17 +21,12 @@ class Pulses:
         self._beats: dict[str, tuple[float, InstanceBeat]] = {}
 
     async def follow(self, client: Client) -> None:
-        await client.subscribe(beat_subject("*"), cb=self._hear)
+        await hear(client, beat_subject("*"), self._hear)
 
-    async def _hear(self, message: Msg) -> None:
-        try:
-            beat = payload(cloud.decode(message.data))
-        except (msgspec.MsgspecError, KeyError) as error:
-            log.debug("beat_misread", error=repr(error))
-            return
-        if isinstance(beat, InstanceBeat):
+    def _hear(self, message: Message) -> None:
+        if isinstance(message, InstanceBeat):
             self._forget_stale()
-            self._beats[beat.instance_id] = (asyncio.get_running_loop().time(), beat)
+            self._beats[message.instance_id] = (asyncio.get_running_loop().time(), message)
 
     def of(self, endpoint_id: str) -> list[InstanceBeat]:
         """By instance id."""

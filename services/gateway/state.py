@@ -17,7 +17,6 @@ from services.gateway.projections import Directory, Projector
 from services.gateway.pulses import Pulses
 from services.gateway.settings import Settings
 from services.gateway.views import Views
-from shared import tracing
 from shared.health import Check
 from shared.metrics import Sampler
 from shared.objects import Objects
@@ -77,7 +76,7 @@ class Gateway:
             route=f"{request.method} {request.url.path}",
             key=request.headers.get("idempotency-key"),
             body=await request.body(),
-            traceparent=(tracing.traceparent() or _traceparent(request.headers.get("traceparent"))),
+            traceparent=_traceparent(request.headers.get("traceparent")),
         )
 
 

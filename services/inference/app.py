@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import Awaitable, Callable
 from functools import partial
 
 from services.inference import metrics
@@ -17,6 +15,7 @@ from shared.logs import get_logger
 from shared.objects import Objects
 from shared.service import Service
 from shared.settings import ObjectSettings
+from shared.upkeep import repeat
 
 log = get_logger(__name__)
 
@@ -32,19 +31,19 @@ def build(settings: Settings, object_settings: ObjectSettings) -> Service:
         except Exception as error:  # its jobs are elsewhere; a worker would see that
             log.warning("queue_not_emptied", endpoint_id=endpoint_id, error=repr(error))
 
-    async def remove_what_was_left(service: Service) -> None:
+    async def remove_what_was_left() -> None:
         await service.work.run(partial(remove_leftovers, objects=objects))
 
-    async def move_what_was_left(service: Service) -> None:
+    async def move_what_was_left() -> None:
         while job_ids := await JobStore(service.pool).list_left():
             for job_id in job_ids:
                 await service.work.run(partial(move_job, job_id))
 
-    async def look_after(service: Service) -> None:
+    async def look_after(_: Service) -> None:
         async with asyncio.TaskGroup() as group:
             every = settings.leftovers_seconds
-            group.create_task(_repeat(partial(remove_what_was_left, service), left, every))
-            group.create_task(_repeat(partial(move_what_was_left, service), ended, every))
+            group.create_task(repeat(remove_what_was_left, left, every))
+            group.create_task(repeat(move_what_was_left, ended, every))
 
     service = Service(
         "inference",
@@ -58,15 +57,3 @@ def build(settings: Settings, object_settings: ObjectSettings) -> Service:
         sample=lambda service: [metrics.queues_sampler(service.pool)],
     )
     return service
-
-
-async def _repeat(work: Callable[[], Awaitable[None]], woken: asyncio.Event, every: float) -> None:
-    """Until cancelled. What goes wrong is tried again the next time."""
-    while True:
-        woken.clear()
-        try:
-            await work()
-        except Exception as error:
-            log.warning("upkeep_postponed", error=repr(error))
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(woken.wait(), every)

@@ -176,6 +176,7 @@ async def accept(
     checkpoint = await _held(checkpoint_id, holder, tx)
     if checkpoint:
         active = checkpoint.activate(await _place(files, replaced, tx))
+        await CheckpointStore(tx.conn).release_names(checkpoint_id, keep=active.names)
         await _end_intake(active, holder, tx)
         tx.emit(models.CheckpointActivated.of(active))
 

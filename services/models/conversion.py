@@ -6,7 +6,6 @@ No tensor is built: the bytes of each lie in the ZIP as they are, and are copied
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import struct
 import zipfile
@@ -17,12 +16,16 @@ from typing import BinaryIO, cast
 from msgspec.structs import replace
 
 from services.models.inspection import RangeReader
-from services.models.store.files import FileStore
+from services.models.store.files import Digest, FileStore
 from shared.contracts.models import CheckpointFile
 from shared.weights.headers import BITS
 from shared.weights.pickles import StoredTensor, read_pickle
 
 BLOCK = 8 * 1024**2
+
+
+def converted_name(filename: str) -> str:
+    return PurePosixPath(filename).with_suffix(".safetensors").name
 
 
 async def convert(files: FileStore, file: CheckpointFile) -> CheckpointFile | None:
@@ -37,17 +40,16 @@ async def convert(files: FileStore, file: CheckpointFile) -> CheckpointFile | No
         return None
     if not all(tensor.is_contiguous for tensor in tensors.values()):
         return None
-    filename = PurePosixPath(file.filename).with_suffix(".safetensors").name
+    filename = converted_name(file.filename)
     key = f"{file.key.rsplit('/', 1)[0]}/{filename}"
-    digest = hashlib.sha256()
+    digest = Digest()
     pieces = _pieces(opened, tensors, pickle.prefix)
 
     async def chunks() -> AsyncIterator[bytes]:
         while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
-            await asyncio.to_thread(digest.update, piece)
             yield piece
 
-    size = await files.write(key, chunks())
+    size = await files.write(key, digest.over(chunks()))
     kind = replace(file.kind, format="safetensors") if file.kind else None
     return CheckpointFile(
         filename=filename, key=key, size=size, sha256=digest.hexdigest(), kind=kind

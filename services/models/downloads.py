@@ -150,10 +150,14 @@ class Downloader:
                 if not pauses:
                     raise broken
                 await asyncio.sleep(pauses.pop(0))
-                with contextlib.suppress(Interrupted):
+                try:
                     await stack.aclose()
                     at, response = await self._go_on(first, stack, size, total, version)
                     break
+                except Changed:
+                    raise
+                except Interrupted:
+                    continue
             else:
                 raise broken
 

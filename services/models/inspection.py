@@ -1,7 +1,7 @@
 """What a file in the object store is, found out before anybody may use it.
 
 Only its header is read, with ranged requests and within bounds: whatever a stranger wrote, it costs
-no more than some megabytes and seconds. Pickles are never unpickled.
+no more than MOST_READ bytes and some seconds. Pickles are never unpickled.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ processes may run side by side, and each checkpoint is one process's, by a lease
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Set
 from functools import partial
@@ -18,12 +17,12 @@ import msgspec
 from msgspec.structs import replace
 
 from services.models import commands
-from services.models.conversion import convert
+from services.models.conversion import convert, converted_name
 from services.models.domain import Checkpoint, Harmful, Unfit
 from services.models.downloads import Downloader, Interrupted
 from services.models.inspection import look_at
 from services.models.store.checkpoints import CheckpointStore
-from services.models.store.files import FileStore
+from services.models.store.files import Digest, FileStore
 from shared.contracts.envelope import new_id
 from shared.contracts.models import CheckpointFile, CheckpointProgress
 from shared.errors import Rejected, Retry
@@ -133,7 +132,8 @@ class Intake:
         try:
             files = await self._fetch_all(checkpoint) if checkpoint.urls else checkpoint.files
             files = await _all(self._hash(checkpoint, file) for file in files)
-            found = await _all(self._look_at(checkpoint, file) for file in files)
+            names = {file.filename for file in files}
+            found = await _all(self._look_at(checkpoint, file, names) for file in files)
             replaced = [one.replaced for one in found if one.replaced]
             return partial(commands.accept, *about, [one.file for one in found], replaced)
         except Harmful as error:
@@ -215,11 +215,19 @@ class Intake:
             raise Retry(f"only {digest.size} of {file.size} bytes of {file.key} came")
         return replace(file, sha256=digest.hexdigest())
 
-    async def _look_at(self, checkpoint: Checkpoint, file: CheckpointFile) -> Found:
+    async def _look_at(
+        self, checkpoint: Checkpoint, file: CheckpointFile, names: set[str]
+    ) -> Found:
+        """`names`: of all files of the checkpoint. One that would get the name of another by its
+        conversion stays what it is."""
         kind = await look_at(self._files, file, checkpoint.type)
         looked_at = replace(file, kind=kind)
         if not self._convert_pickles or kind.format != "pickle":
             return Found(looked_at)
+        name = converted_name(file.filename)
+        if name in names:
+            return Found(looked_at)
+        names.add(name)
         async with self._free:
             converted = await convert(self._files, looked_at)
         if converted is None:
@@ -289,23 +297,6 @@ class Intake:
         finally:
             self._running.pop(checkpoint_id, None)
             await self._on_end()
-
-
-class Digest:
-    """SHA-256 of a stream that passes, computed beside the event loop."""
-
-    def __init__(self) -> None:
-        self._digest = hashlib.sha256()
-        self.size = 0
-
-    async def over(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        async for chunk in chunks:
-            await asyncio.to_thread(self._digest.update, chunk)
-            self.size += len(chunk)
-            yield chunk
-
-    def hexdigest(self) -> str:
-        return self._digest.hexdigest()
 
 
 async def _all(work: Iterable[Awaitable[T]]) -> list[T]:

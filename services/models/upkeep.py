@@ -8,8 +8,6 @@ processes may run it side by side.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from functools import partial
 
@@ -23,6 +21,7 @@ from shared.contracts.models import CheckpointProgress
 from shared.logs import get_logger
 from shared.service import Service
 from shared.unit_of_work import UnitOfWork, utc_now
+from shared.upkeep import repeat
 
 log = get_logger(__name__)
 
@@ -75,7 +74,7 @@ class Upkeep:
                     (self._remove_leftovers, self._wake.leftovers_due, self._sweep_seconds),
                     (self._expire, asyncio.Event(), self._sweep_seconds),
                 ):
-                    group.create_task(_repeat(chore, due, seconds))
+                    group.create_task(repeat(chore, due, seconds))
         finally:
             await self._intake.stop()
 
@@ -118,15 +117,3 @@ class Upkeep:
             if upload.checkpoint_id not in in_work:
                 await self._files.abort(upload)
                 log.info("orphan_upload_aborted", key=upload.key)
-
-
-async def _repeat(chore: Callable[[], Awaitable[None]], due: asyncio.Event, seconds: float) -> None:
-    """Does a chore at once, then whenever it is due and at least every so many seconds."""
-    while True:
-        due.clear()
-        try:
-            await chore()
-        except Exception as error:
-            log.warning("chore_postponed", chore=chore.__name__, error=repr(error))
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(due.wait(), seconds)

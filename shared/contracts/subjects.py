@@ -182,7 +182,7 @@ def run_job_subject(endpoint_id: str) -> str:
 
 
 def progress_subject(id_: str) -> str:
-    """Of a job, or of a checkpoint that is being downloaded."""
+    """Of a job, or of a checkpoint that is being downloaded or checked."""
     return f"progress.{_token(id_)}"
 
 

@@ -1,6 +1,6 @@
 """`just bench`: what Darkroom adds to the bare work, measured against a named peer in one run.
-`just bench registry cache switches`: model files on their way in and to a picture, and the memory
-of services and engines.
+`just bench endpoints registry cache switches`: endpoints on their way into service, model files on
+theirs in and to a picture, and the memory of services and engines.
 
 Starts a stack of its own and removes it. Trust the ratios, not the milliseconds.
 """

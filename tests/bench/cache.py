@@ -17,11 +17,9 @@ import os
 import statistics
 import subprocess
 import tempfile
-import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -37,12 +35,13 @@ from services.inference.worker.cache import ModelCache
 from shared.contracts.inference import RunJob, UsedModel
 from shared.objects import Objects
 from shared.settings import ObjectSettings
-from tests.bench.report import Row, print_table
+from tests.bench.report import Row, print_table, watched
 
 T = TypeVar("T")
 
 ROUNDS, MB = 3, 10**6
 THREADS = 2
+SAMPLE_SECONDS = 0.005
 FETCHED, ON_DISK, PAGED, LOADED = (
     "fetched from the store",
     "only on the disk",
@@ -172,10 +171,12 @@ def _fetch(settings: ObjectSettings, model: UsedModel, folder: Path) -> Measured
     async def work() -> Measured:
         async with Objects(settings).open() as objects:
             cache = ModelCache(objects, folder, 2 * model.size)
-            with _watched() as measured:
+            with watched(psutil.Process(), every=SAMPLE_SECONDS) as memory:
+                began = time.perf_counter()
                 async with cache.hold([model]):
                     pass
-            return measured()
+                seconds = time.perf_counter() - began
+            return Measured(seconds, memory.peak - memory.before)
 
     return uvloop.run(work())
 
@@ -280,33 +281,14 @@ async def _fresh(
 def _download(settings: ObjectSettings, model: UsedModel, path: Path) -> Measured:
     async def work() -> Measured:
         async with Objects(settings).open() as objects:
-            with _watched() as measured:
+            with watched(psutil.Process(), every=SAMPLE_SECONDS) as memory:
+                began = time.perf_counter()
                 await objects.client.download_file(model.bucket, model.key, str(path))
+                seconds = time.perf_counter() - began
             path.unlink()
-            return measured()
+            return Measured(seconds, memory.peak - memory.before)
 
     return uvloop.run(work())
-
-
-@contextmanager
-def _watched() -> Iterator[Callable[[], Measured]]:
-    process, ended = psutil.Process(), threading.Event()
-    before = peak = process.memory_info().rss
-
-    def watch() -> None:
-        nonlocal peak
-        while not ended.wait(0.005):
-            peak = max(peak, process.memory_info().rss)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    seconds = -time.perf_counter()
-    try:
-        yield lambda: Measured(seconds, peak - before)
-    finally:
-        seconds += time.perf_counter()
-        ended.set()
-        thread.join()
 
 
 def _drop(path: Path) -> None:

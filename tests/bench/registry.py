@@ -11,7 +11,6 @@ import http.server
 import os
 import random
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,9 +22,10 @@ import boto3
 import psutil
 
 from deploy.local.client import PARTS_AT_ONCE, Client
+from deploy.local.installation import MODELS_BUCKET
 from deploy.local.stack import Stack
-from tests.bench.report import Row
-from tests.weights import HEADER, TENSORS, with_header
+from tests.bench.report import Row, watched
+from tests.weights import entries_of, with_header
 
 GIB = 1024**3
 BLOCK = 4 * 1024**2
@@ -47,7 +47,7 @@ def ways_in(stack: Stack, client: Client, size: int = GIB, large: int = 4 * GIB)
             file = folder / f"bench-{number}.safetensors"
             write_weights(file, size, seed=number)
             bare = timed(functools.partial(plainly, stack, file))
-            with watched(service) as memory:
+            with watched(service, every=SAMPLE_SECONDS) as memory:
                 seconds = timed(functools.partial(way, file))
             rate = size / GIB
             told = f"{seconds:.1f} s, {rate / seconds:.2f} GiB/s"
@@ -58,7 +58,7 @@ def ways_in(stack: Stack, client: Client, size: int = GIB, large: int = 4 * GIB)
         if large:
             file = folder / "bench-large.safetensors"
             write_weights(file, large, seed=9)
-            with watched(service) as memory:
+            with watched(service, every=SAMPLE_SECONDS) as memory:
                 seconds = timed(lambda: by_url(client, f"{url}/{file.name}"))
             rows.append(Row(f"{large / GIB:g} GiB by URL", f"{seconds:.1f} s", "", ""))
             rows.append(Row("  memory of models, before / peak", str(memory), "", ""))
@@ -67,13 +67,7 @@ def ways_in(stack: Stack, client: Client, size: int = GIB, large: int = 4 * GIB)
 
 def write_weights(file: Path, size: int, *, seed: int) -> None:
     """A checkpoint that is whole, of random bytes."""
-    entries, at = {}, 0
-    for name, shape in TENSORS["Stable-diffusion"].items():
-        length = 2 * functools.reduce(int.__mul__, shape)
-        entries[name] = {"dtype": "F16", "shape": shape, "data_offsets": (at, at + length)}
-        at += length
-    end = size - 8 - HEADER
-    entries["filler"] = {"dtype": "U8", "shape": (end - at,), "data_offsets": (at, end)}
+    entries, end = entries_of("Stable-diffusion", size)
     draw = random.Random(seed)
     with file.open("wb") as out:
         out.write(with_header(entries, b""))
@@ -104,8 +98,8 @@ def plainly(stack: Stack, file: Path) -> None:
     config = boto3.s3.transfer.TransferConfig(
         multipart_chunksize=16 * 1024**2, max_concurrency=PARTS_AT_ONCE
     )
-    store.upload_file(str(file), "darkroom-models", f"bench/{file.name}", Config=config)
-    store.delete_object(Bucket="darkroom-models", Key=f"bench/{file.name}")
+    store.upload_file(str(file), MODELS_BUCKET, f"bench/{file.name}", Config=config)
+    store.delete_object(Bucket=MODELS_BUCKET, Key=f"bench/{file.name}")
 
 
 def timed(work: Callable[[], None]) -> float:
@@ -113,34 +107,6 @@ def timed(work: Callable[[], None]) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
-
-
-class Memory:
-    """Resident, in bytes."""
-
-    def __init__(self, before: int) -> None:
-        self.before = self.peak = before
-
-    def __str__(self) -> str:
-        before, peak = self.before / 1e6, self.peak / 1e6
-        return f"{before:.0f} / {peak:.0f} MB, raised by {peak - before:.0f} MB"
-
-
-@contextmanager
-def watched(process: psutil.Process) -> Iterator[Memory]:
-    memory, ended = Memory(process.memory_info().rss), threading.Event()
-
-    def watch() -> None:
-        while not ended.wait(SAMPLE_SECONDS):
-            memory.peak = max(memory.peak, process.memory_info().rss)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield memory
-    finally:
-        ended.set()
-        thread.join()
 
 
 class _Quiet(http.server.SimpleHTTPRequestHandler):

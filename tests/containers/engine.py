@@ -14,8 +14,9 @@ import shutil
 import socket
 import subprocess
 import tempfile
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,11 +78,7 @@ class Deployment:
         """One of the recipes, with what this deployment is called and has. Raises AssertionError
         with its output."""
         environment = {**os.environ, "COMPOSE_FILE": self._files}
-        done = subprocess.run(
-            ["just", *command], cwd=REPOSITORY, env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, f"just {' '.join(command)}\n{done.stdout}\n{done.stderr}"
-        return done.stdout
+        return run("just", *command, cwd=REPOSITORY, environment=environment)
 
     def run(self, *command: str) -> str:
         """`docker compose …` of this deployment. Raises AssertionError with its output."""
@@ -109,8 +106,11 @@ class Deployment:
         return Client.log_in_at(self.home)
 
 
-def run(*command: str, cwd: Path | None = None) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd)
+def run(
+    *command: str, cwd: Path | None = None, environment: Mapping[str, str] | None = None
+) -> str:
+    """What a command prints. Raises AssertionError with its output."""
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -118,6 +118,13 @@ def run(*command: str, cwd: Path | None = None) -> str:
 def inspect(container: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(run("docker", "inspect", container))[0]
     return found
+
+
+def wait_healthy(container: str, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while inspect(container)["State"].get("Health", {}).get("Status") != "healthy":
+        assert time.monotonic() < deadline, run("docker", "logs", "--tail", "30", container)
+        time.sleep(0.2)
 
 
 @contextlib.contextmanager

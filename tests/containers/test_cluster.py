@@ -15,13 +15,12 @@ from concurrent.futures import ThreadPoolExecutor, wait
 import nats
 import pytest
 
-from deploy.local.client import Client
 from deploy.local.demo import CHECKPOINT
 from shared.contracts.inference import Job
 from shared.contracts.subjects import EVENTS
 from tests.chaos.looking import all_events, check_results, until_nothing_waits
 from tests.chaos.test_kill import ENDPOINT, KillCaller, Round
-from tests.containers.engine import Deployment, deployed, inspect, needs_engine, run
+from tests.containers.engine import Deployment, deployed, inspect, needs_engine, run, wait_healthy
 
 pytestmark = [needs_engine, pytest.mark.timeout(1800)]
 
@@ -77,7 +76,7 @@ def test_one_of_everything_may_stop(
     listed = [role["role_name"] for role in admin.call("GET", "/roles")["data"]["roles"]]
     assert Counter(name for name in listed if name.startswith("role ")) == Counter(roles)
     admin.wait_for_endpoint(ENDPOINT)
-    asyncio.run(look_inside(cluster, admin, jobs))
+    asyncio.run(look_inside(cluster, jobs))
 
 
 def stop_one(
@@ -110,10 +109,7 @@ def stop_one(
         jobs += [done.result() for done in making]
         roles += [done.result() for done in creating]
     run("docker", "start", container)
-    deadline = time.monotonic() + 90
-    while inspect(container)["State"]["Health"]["Status"] != "healthy":
-        assert time.monotonic() < deadline, run("docker", "logs", "--tail", "30", container)
-        time.sleep(0.2)
+    wait_healthy(container, seconds=90)
     return ends.longest_pause()
 
 
@@ -149,7 +145,7 @@ def table(lines: list[tuple[Round, float]]) -> str:
     return "\n".join(["", head, *rows])
 
 
-async def look_inside(cluster: Deployment, admin: Client, jobs: list[str]) -> None:
+async def look_inside(cluster: Deployment, jobs: list[str]) -> None:
     """Each job ended once, in the log, in the database and in the object store."""
     installation = cluster.installation
     client = await nats.connect(installation.nats_url_as("admin"))

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from deploy.local.installation import REPOSITORY
-from tests.containers.engine import Deployment, inspect, needs_engine, run
+from tests.containers.engine import Deployment, inspect, needs_engine, run, wait_healthy
 
 pytestmark = [needs_engine, pytest.mark.timeout(2400)]
 
@@ -55,7 +55,7 @@ def test_requests_go_on_while_one_of_two_gateways_is_down(deployment: Deployment
             for _ in range(20):
                 assert client.call("GET", "/ping")["message"] == "pong"
             run("docker", "start", stopped)
-            _wait_healthy(stopped)
+            wait_healthy(stopped)
 
 
 def test_what_is_killed_starts_again(deployment: Deployment) -> None:
@@ -68,7 +68,7 @@ def test_what_is_killed_starts_again(deployment: Deployment) -> None:
     while inspect(container)["RestartCount"] == before:
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    _wait_healthy(container)
+    wait_healthy(container)
 
 
 def test_only_the_proxy_reaches_the_object_store_and_everything_is_on_loopback(
@@ -114,10 +114,3 @@ def test_a_large_upload_and_a_silent_event_stream_pass_the_proxy(deployment: Dep
             assert stream.status_code == 200
             client.call("POST", "/roles", {"role_name": "seen", "permissions": ["role:list"]})
             assert any("identity.role_created.v1" in line for line in stream.iter_lines())
-
-
-def _wait_healthy(container: str, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while inspect(container)["State"].get("Health", {}).get("Status") != "healthy":
-        assert time.monotonic() < deadline, run("docker", "logs", "--tail", "30", container)
-        time.sleep(0.2)

@@ -55,15 +55,6 @@ def start(client: StrictClient, params: dict[str, Any]) -> str:
     return job_id
 
 
-def wait_for_end(client: StrictClient, job_id: str, seconds: float = 120) -> dict[str, Any]:
-    def ended() -> dict[str, Any] | None:
-        job: dict[str, Any] = client.get_job(job_id)
-        return job if job["status"] in ("succeed", "failed") else None
-
-    job: dict[str, Any] = until(ended, seconds)
-    return job
-
-
 def test_an_endpoint_shows_its_instances(
     api: StrictClient, other: StrictClient, gone_after: list[str]
 ) -> None:
@@ -71,7 +62,7 @@ def test_an_endpoint_shows_its_instances(
     gone_after.append("shown")
     made = api.create_endpoint("shown")
     api.wait_for_endpoint("shown")
-    wait_for_end(api, start(api, TINY))
+    api.wait_for_job(start(api, TINY))
 
     def instances() -> list[dict[str, Any]]:
         data = other.call("GET", "/endpoints/shown")["data"]
@@ -99,7 +90,7 @@ def test_the_first_job_wakes_an_endpoint_that_sleeps(
 
     until(lambda: status() == ("InService", "1"))
     until(lambda: status() == ("InService", "0"))
-    job = wait_for_end(artist, start(artist, TINY))
+    job = artist.wait_for_job(start(artist, TINY))
     assert job["status"] == "succeed", job["error"]
 
 
@@ -119,7 +110,7 @@ def test_a_deleted_endpoint_finishes_its_job_and_hands_on_the_others(
     artist.call("DELETE", "/endpoints", {"delete_endpoint_list": ["leaving"], "username": ""})
     (leaving,) = [e for e in listed(artist) if e["endpoint_name"] == "leaving"]
     assert (leaving["endpoint_status"], leaving["current_instance_count"]) == ("Deleting", "0")
-    ended = [wait_for_end(artist, job_id) for job_id in jobs]
+    ended = [artist.wait_for_job(job_id) for job_id in jobs]
     assert {job["status"] for job in ended} == {"succeed"}
     names = [job["params"]["sagemaker_inference_endpoint_name"] for job in ended]
     assert names == ["leaving"] + ["staying"] * 6
@@ -139,7 +130,7 @@ def test_a_job_that_no_other_endpoint_can_take_fails_with_the_reason(
     until(lambda: api.call("GET", "/endpoints/lonely")["data"]["instances"][0]["jobs"] == [begun])
     waiting = start(artist, TINY)
     artist.call("DELETE", "/endpoints", {"delete_endpoint_list": ["lonely"], "username": ""})
-    job = wait_for_end(artist, waiting, seconds=10)
+    job = artist.wait_for_job(waiting, seconds=10)
     assert job["status"] == "failed"
     assert job["error"] == 'endpoint "lonely" was deleted; no other endpoint can take the job'
     artist.cancel_job(begun)

@@ -325,11 +325,13 @@ async def running_with(
     made.settings = settings
     await made.follow()
     made.start()
-    yield made
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        await made.terminate()
-    await observer.close()
-    await client.close()
+    try:
+        yield made
+    finally:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            await made.terminate()
+        await observer.close()
+        await client.close()
 
 
 @pytest.fixture(scope="module")

@@ -981,6 +981,21 @@ async def test_clean_pickles_can_be_converted(
     (loaded,) = safetensors.torch.load(whole).values()
     assert torch.equal(loaded, tensors["emb_params"])
     await eventually(lambda: bucket.keys(command.checkpoint_id), [file.key])
+    again = await uploaded(
+        service, gateway_bucket, upload("word.pt", type="embeddings"), {"word.pt": pickled({})}
+    )
+    assert again.status == "Failed", "the name of what was converted is free, and this is empty"
+    # What would take the name of another file of the checkpoint stays what it is.
+    other = pickled({"emb_params": torch.ones(2, 768)})
+    files = {"a.safetensors": weights("embeddings", seed="a"), "a.pt": other, "a.bin": other}
+    several = msgspec.structs.replace(
+        upload("a.pt", type="embeddings"),
+        filenames=[UploadFile(filename=name, parts_number=1) for name in files],
+    )
+    active = await uploaded(service, gateway_bucket, several, files)
+    assert active.status == "Active"
+    assert active.names == list(files)
+    assert [await bucket.read(file.key) for file in active.files] == list(files.values())
     # What can't be copied as it is stays what it is: here, a tensor that does not lie in one piece.
     turned = {"emb_params": torch.randn(768, 5).t()}
     kept = await uploaded(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
+import pytest
 from rich.console import Console
 
-from deploy.local.trace import Row, render, timeline
+from deploy.local.trace import Row, main, render, timeline
 
 BEGAN = datetime(2026, 1, 2, 3, 4, 5, 250_000, tzinfo=UTC)
 
@@ -128,3 +130,13 @@ def test_a_job_whose_events_are_gone_says_so() -> None:
     out = StringIO()
     Console(file=out).print(render([]))
     assert "no events of this job are kept any more" in out.getvalue()
+
+
+def test_without_an_installation_it_says_how_to_make_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DARKROOM_HOME", str(tmp_path / "none"))
+    assert main(["some-job"]) == 1
+    told = " ".join(capsys.readouterr().out.split())
+    assert "there is no installation at" in told
+    assert "`just up` makes it" in told

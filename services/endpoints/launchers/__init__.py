@@ -3,6 +3,7 @@ this service was killed."""
 
 from __future__ import annotations
 
+import asyncio
 import signal
 from collections.abc import Callable
 from typing import Protocol
@@ -32,7 +33,7 @@ class Launcher(Protocol):
     does not answer: then nothing is known, and the next pass asks again."""
 
     workers_outlive_service: bool
-    """Whether workers go on when this service stops; if not, it calls `stop_all` as it does."""
+    """Whether workers go on when this service stops; if not, it stops them all as it does."""
 
     async def open(self, changed: Callable[[], None]) -> None:
         """Finds the workers that live already. From now on `changed` is called when one of them may
@@ -54,8 +55,15 @@ class Launcher(Protocol):
     async def forget(self, instance_id: str) -> None:
         """Clears up after a worker that ended."""
 
-    async def stop_all(self, *, within: float) -> None:
-        """Stops and forgets all workers; kills those that are not gone `within` seconds."""
+
+async def stop_all(launcher: Launcher, *, within: float) -> None:
+    """Stops and forgets all workers; kills those that are not gone `within` seconds."""
+    while living := [id_ for id_, seen in (await launcher.observe()).items() if seen.alive]:
+        for instance_id in living:
+            await launcher.stop(instance_id, within=within)
+        await asyncio.sleep(0.1)
+    for instance_id in await launcher.observe():
+        await launcher.forget(instance_id)
 
 
 class Program(msgspec.Struct, frozen=True, kw_only=True):

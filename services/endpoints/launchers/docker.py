@@ -216,9 +216,6 @@ class DockerLauncher:
         }
 
     async def stop(self, instance_id: str, *, within: float) -> None:
-        await self._stop(instance_id, within)
-
-    async def _stop(self, instance_id: str, within: float) -> None:
         asked = self._asked_to_stop.get(instance_id)
         if asked is None:
             await self._signal(instance_id, "SIGTERM")
@@ -235,14 +232,6 @@ class DockerLauncher:
         with _unless_gone():
             await self._container(instance_id).delete(force=True, v=True)
         self._asked_to_stop.pop(instance_id, None)
-
-    async def stop_all(self, *, within: float) -> None:
-        while living := [id_ for id_, seen in (await self.observe()).items() if seen.alive]:
-            for instance_id in living:
-                await self._stop(instance_id, within)
-            await asyncio.sleep(0.1)
-        for instance_id in await self.observe():
-            await self.forget(instance_id)
 
     def _container(self, instance_id: str) -> DockerContainer:
         return self._docker.containers.container(_name(instance_id))

@@ -352,14 +352,6 @@ class NomadLauncher:
         await self._ask("DELETE", f"/v1/var/nomad/jobs/{job_id}")
         self._asked_to_stop.pop(instance_id, None)
 
-    async def stop_all(self, *, within: float) -> None:
-        while living := [id_ for id_, seen in (await self.observe()).items() if seen.alive]:
-            for instance_id in living:
-                await self.stop(instance_id, within=within)
-            await asyncio.sleep(0.1)
-        for instance_id in await self.observe():
-            await self.forget(instance_id)
-
     def _job_id(self, instance_id: str) -> str:
         return self._prefix + instance_id
 

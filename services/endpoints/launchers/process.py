@@ -224,9 +224,6 @@ class ProcessLauncher:
         )
 
     async def stop(self, instance_id: str, *, within: float) -> None:
-        self._stop(instance_id, within)
-
-    def _stop(self, instance_id: str, within: float) -> None:
         record = self._records[instance_id]
         asked = self._asked_to_stop.get(instance_id)
         with contextlib.suppress(ProcessLookupError):
@@ -236,14 +233,6 @@ class ProcessLauncher:
             elif time.monotonic() - asked > within:
                 log.warning("worker_killed", instance_id=instance_id, seconds=within)
                 os.kill(record.pid, signal.SIGKILL)
-
-    async def stop_all(self, *, within: float) -> None:
-        while living := [id_ for id_, seen in (await self.observe()).items() if seen.alive]:
-            for instance_id in living:
-                self._stop(instance_id, within)
-            await asyncio.sleep(0.1)
-        for instance_id in list(self._records):
-            await self.forget(instance_id)
 
     async def forget(self, instance_id: str) -> None:
         """Ends also what the worker started and left running."""

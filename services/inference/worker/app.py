@@ -180,9 +180,7 @@ class Worker:
         while True:
             with contextlib.suppress(EngineDied):  # whoever has the job knows it
                 await self._engine.look()
-            await reports.beat(
-                self._settings.device, self._engine.well, hand.begun, address=self._address()
-            )
+            await reports.beat(self._engine.well, hand.begun, address=self._address())
             await asyncio.sleep(BEAT)
 
     def _address(self) -> str:

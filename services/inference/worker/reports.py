@@ -63,7 +63,7 @@ class Reports:
         )
         await self._send(report, type_of(report), cloud.new_id(), report.endpoint_id, None)
 
-    async def beat(self, device: str, well: Well | None, jobs: list[str], *, address: str) -> None:
+    async def beat(self, well: Well | None, jobs: list[str], *, address: str) -> None:
         """That this worker lives, and how; one that is not heard is not missed."""
         if not self._client.is_connected:
             return
@@ -71,7 +71,7 @@ class Reports:
         beat = InstanceBeat(
             endpoint_id=self._settings.endpoint_id,
             instance_id=self._settings.instance_id,
-            device=device,
+            device=self._settings.device,
             device_name=known.device_name,
             memory=known.memory,
             memory_total=known.memory_total,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence, Set
 from datetime import datetime
@@ -53,6 +54,23 @@ def _answering() -> Iterator[None]:
 
 def _code(error: ClientError) -> str:
     return str(error.response["Error"]["Code"])
+
+
+class Digest:
+    """SHA-256 of a stream that passes, computed beside the event loop."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+        self.size = 0
+
+    async def over(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        async for chunk in chunks:
+            await asyncio.to_thread(self._digest.update, chunk)
+            self.size += len(chunk)
+            yield chunk
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
 
 
 class FileStore:

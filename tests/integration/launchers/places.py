@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from services.endpoints.domain import InstanceType, NomadNeeds
-from services.endpoints.launchers import Launcher, Program
+from services.endpoints.launchers import Launcher, Program, stop_all
 from services.endpoints.launchers.docker import DockerLauncher
 from services.endpoints.launchers.nomad import NomadLauncher
 from services.endpoints.launchers.process import ProcessLauncher
@@ -90,11 +90,14 @@ class Processes:
 
     async def leftovers(self) -> list[str]:
         files = (self.folder / "ours" / "workers").glob("*.*")
-        found = [str(file) for file in files]
+        return [str(left) for left in (*files, *self._processes())]
+
+    def _processes(self) -> list[psutil.Process]:
+        found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 if process.environ().get("DARKROOM_CACHE") == str(self.cache):
-                    found.append(str(process))
+                    found.append(process)
         return found
 
     def gpus_of(self, told: dict[str, str]) -> list[str]:
@@ -106,10 +109,9 @@ class Processes:
     async def come_back(self) -> None: ...
 
     async def close(self) -> None:
-        for process in psutil.process_iter():
+        for process in self._processes():
             with contextlib.suppress(psutil.Error):
-                if process.environ().get("DARKROOM_CACHE") == str(self.cache):
-                    process.kill()
+                process.kill()
 
 
 class Containers:
@@ -333,7 +335,7 @@ class RealNomad:
         for installation in ("ours", "theirs"):
             launcher = self.launcher(installation)
             await launcher.open(lambda: None)
-            await launcher.stop_all(within=5)
+            await stop_all(launcher, within=5)
             await launcher.close()
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from services.endpoints.domain import Endpoint, InstanceType, Seen
-from services.endpoints.launchers import Launcher, LaunchFailed, NoRoomYet
+from services.endpoints.launchers import Launcher, LaunchFailed, NoRoomYet, stop_all
 from tests.integration.launchers.places import (
     SECRET,
     Containers,
@@ -215,7 +215,7 @@ async def test_each_worker_has_gpus_of_its_own(place: Place) -> None:
         await ours.launcher.forget(first)
         third = await ours.start("third", gpu)
         assert place.gpus_of(await told(place, third)) == seen[0]
-        await ours.launcher.stop_all(within=1)
+        await stop_all(ours.launcher, within=1)
         both = await ours.start("both", place.type(device="cuda", gpus=2))
         assert place.gpus_of(await told(place, both)) == ["0", "1"]
 
@@ -257,16 +257,16 @@ async def test_the_workers_of_others_are_left_alone(place: Place) -> None:
         await told(place, other)
         mine = await ours.start("mine", place.type())
         assert (await ours.launcher.observe()).keys() == {mine}
-        await ours.launcher.stop_all(within=5)
+        await stop_all(ours.launcher, within=5)
         assert (await theirs.launcher.observe())[other].alive
-        await theirs.launcher.stop_all(within=5)
+        await stop_all(theirs.launcher, within=5)
 
 
 async def test_stop_all_leaves_nobody(place: Place) -> None:
     async with Watched(place.launcher()) as ours:
         for name in ("one", "stubborn", "crash"):
             await told(place, await ours.start(name, place.type()))
-        await ours.launcher.stop_all(within=1)
+        await stop_all(ours.launcher, within=1)
         assert await ours.launcher.observe() == {}
         assert read_told(place, "i-one")["finished"]
         await nothing_left(place)

@@ -22,6 +22,7 @@ from services.inference.worker.pipelines import (
     Work,
 )
 from services.inference.worker.pipelines.library import Library, Models, Shelved, receipt
+from services.inference.worker.pipelines.memory import is_out_of_memory
 from services.inference.worker.pipelines.models.files import identity_of
 from services.inference.worker.pipelines.params.cutting import CuttingParams, parse_cutting
 from services.inference.worker.pipelines.params.reading import printable, short
@@ -161,9 +162,9 @@ class CuttingPlan:
                 bgcolor=self.ground,
                 **more,
             )
-        except MemoryError:
-            raise
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             # Another model than the session's fails in onnxruntime or, by its output, after it.
             names = [self.session_files[0].name, *([self.vitmatte.name] if self.vitmatte else [])]
             raise JobFailure(

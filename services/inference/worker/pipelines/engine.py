@@ -77,7 +77,6 @@ class _Job:
         self.was_put_back = False
         self.work: Work | None = None
         self.asked: list[Rows] | _Beside | None = None
-        self.last_preview = 0.0
 
     @property
     def key(self) -> object:

@@ -127,7 +127,7 @@ class Library:
 
     @property
     def loaded(self) -> list[str]:
-        """The names of the files whose weights are kept."""
+        """The names of checkpoints, VAEs, ControlNets, networks and embeddings that are kept."""
         shelves = self.on_device, self.in_memory
         self._names = {
             key: name for key, name in self._names.items() if any(key in shelf for shelf in shelves)

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from services.inference.worker.pipelines import JobFailure
+from services.inference.worker.pipelines.memory import is_out_of_memory
 from services.inference.worker.pipelines.models import layouts
 from services.inference.worker.pipelines.models.families import (
     STANDARD,
@@ -260,14 +261,14 @@ def _told(file_name: str, component: str) -> Iterator[None]:
     about = f"broken checkpoint: the {component} in {file_name}"
     try:
         yield
-    except (JobFailure, MemoryError, torch.OutOfMemoryError):
+    except JobFailure:
         raise
     except _WrongTensors as error:
         raise JobFailure(f"{about} {error}") from error
     except SafetensorError as error:
         raise JobFailure(f"broken checkpoint: {file_name}: {error}") from error
     except Exception as error:
-        if "allocate memory" in str(error):
+        if is_out_of_memory(error):
             raise
         # The config is a stranger's: it may make the libraries stumble anywhere.
         raise JobFailure(f"{about} can't be read: {error!r}") from error

@@ -20,9 +20,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from services.inference.worker.pipelines import JobFailure
+from services.inference.worker.pipelines.memory import is_out_of_memory
 from shared.weights import BrokenFile, UnsafeFile
 from shared.weights.headers import is_pickle, read_header
-from shared.weights.pickles import LEFT_BY_TRAINING, flatten, read_pickle
+from shared.weights.pickles import LEFT_BY_TRAINING, Pickle, flatten, read_pickle
 
 AHEAD = 1024**2
 """Bytes of one request: the kernel cuts larger ones short."""
@@ -41,7 +42,8 @@ class ModelFile:
             self.is_pickle = is_pickle(file.read(9))
             try:
                 if self.is_pickle:
-                    self.header = read_pickle(file).header
+                    self._pickle = read_pickle(file)
+                    self.header = self._pickle.header
                 else:
                     self.header = read_header(file, path.stat().st_size)
             except BrokenFile as error:
@@ -65,7 +67,7 @@ class ModelFile:
     def reading(self, device: torch.device | None = None) -> Iterator[Mapping[str, Tensor]]:
         """The tensors by name, straight to `device`. Mapped ones may be used after the end."""
         if self.is_pickle:
-            yield _load_pickle(self.path, self.name)
+            yield _load_pickle(self.path, self.name, self._pickle)
             return
         threading.Thread(target=_read_ahead, args=(self.path,), daemon=True).start()
         try:
@@ -120,19 +122,17 @@ def _refused(name: str, would: str) -> str:
     )
 
 
-def _load_pickle(path: Path, name: str) -> dict[str, Tensor]:
-    """With torch's loader that knows tensors and containers, and calls nothing else."""
-    with path.open("rb") as file:
-        called = read_pickle(file).called
-    inert = [(_Inert, one) for one in called if one.startswith(LEFT_BY_TRAINING)]
+def _load_pickle(path: Path, name: str, pickle: Pickle) -> dict[str, Tensor]:
+    """With torch's loader that knows tensors and containers, and calls nothing else. The tensors of
+    a ZIP are mapped."""
+    inert = [(_Inert, one) for one in pickle.called if one.startswith(LEFT_BY_TRAINING)]
+    in_zip = pickle.prefix is not None
     try:
         with torch.serialization.safe_globals(inert):  # type: ignore[arg-type]
-            loaded = torch.load(
-                path, map_location="cpu", weights_only=True, mmap=_can_be_mapped(path)
-            )
-    except MemoryError:
-        raise
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=in_zip)
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         # What it raises depends on where it stumbles over what a stranger wrote.
         line = next(iter(str(error).splitlines()), "")[:200]
         raise JobFailure(
@@ -153,8 +153,3 @@ class _Inert:
 
     def __setstate__(self, state: object) -> None:
         self.state = state
-
-
-def _can_be_mapped(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(2) == b"PK"

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from services.inference.worker.pipelines import JobFailure
+from services.inference.worker.pipelines.memory import is_out_of_memory
 from services.inference.worker.pipelines.models import layouts
 from services.inference.worker.pipelines.models.components import TextEncoder
 from services.inference.worker.pipelines.models.files import ModelFile
@@ -50,10 +51,7 @@ class NetworkFile:
 
     def __init__(self, file: ModelFile) -> None:
         kind = recognise(file.header)
-        known = kind.type == "Lora" or any(
-            key.endswith((".diff", ".diff_b", ".on_input")) for key in file.header.tensors
-        )
-        if not known:
+        if kind.type != "Lora":
             raise JobFailure(f"{file.name} is {kind.title}; a LoRA is needed here")
         self.file = file
         self.family = network_family(file.header)
@@ -199,7 +197,7 @@ def _weight_change(parts: Parts, file: str, module: str, shape: tuple[int, ...])
             delta = _delta(wide, bare)
             return (delta * _scale(parts)).reshape(shape)
         except (RuntimeError, IndexError, KeyError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
+            if is_out_of_memory(error):
                 raise
             raise JobFailure(
                 f"{file} does not fit the checkpoint: {module} is of another size there"
