@@ -1,0 +1,4 @@
+"""What bodies written for AUTOMATIC1111's webui mean, as far as that needs no models.
+
+titles.py   the names that people use for model files
+"""
