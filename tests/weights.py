@@ -1,11 +1,15 @@
-"""Small files of weights: whole and harmless, of a given type and size."""
+"""Small files of weights: whole and harmless, of a given type and size; and files on this disk as
+jobs name them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import struct
+from pathlib import Path
 from typing import Any
+
+from shared.contracts.inference import RunJob, UsedModel
 
 TENSORS: dict[str, dict[str, tuple[int, ...]]] = {
     "Stable-diffusion": {"model.diffusion_model.input_blocks.0.0.weight": (4, 4, 3, 3)},
@@ -52,3 +56,13 @@ def entries_of(type_: str, size: int) -> tuple[dict[str, Any], int]:
 def with_header(entries: Any, data: bytes, length: int = HEADER) -> bytes:
     text = (entries if isinstance(entries, str) else json.dumps(entries)).encode()
     return struct.pack("<Q", max(length, len(text))) + text.ljust(length) + data
+
+
+def used(path: Path, type_: str = "Stable-diffusion", name: str = "") -> UsedModel:
+    """A file on this disk as the model of a job."""
+    return UsedModel(type=type_, name=name or path.name, checkpoint_id=name, key=str(path))
+
+
+def files_of(job: RunJob) -> dict[str, Path]:
+    """Where the models of such a job lie, as an engine is told."""
+    return {model.content: Path(model.key) for model in job.models}

@@ -41,6 +41,12 @@ class UsedModel(msgspec.Struct, frozen=True, kw_only=True):
     size: int = 0
     sha256: str = ""
 
+    @property
+    def content(self) -> str:
+        """Equal for files with the same bytes, whatever they are called: the SHA-256, or where the
+        registry has none, the place in the store."""
+        return self.sha256.lower() or f"{self.bucket}/{self.key}"
+
 
 class CreateJob(Command, frozen=True, kw_only=True):
     """`checkpoints` holds the state that the names in `models` were resolved to, as the caller saw

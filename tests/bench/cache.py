@@ -36,6 +36,7 @@ from shared.contracts.inference import RunJob, UsedModel
 from shared.objects import Objects
 from shared.settings import ObjectSettings
 from tests.bench.report import Row, print_table, watched
+from tests.weights import used
 
 T = TypeVar("T")
 
@@ -191,12 +192,12 @@ def _paint(settings: ObjectSettings, model: UsedModel, folder: Path) -> dict[str
     engine = Engine("cpu", folder, Listener(), EngineOptions(preview_seconds=0))
     params = json.dumps({"prompt": "x", "steps": 1, "width": 64, "height": 64}).encode()
 
-    def paint(used: UsedModel, files: dict[str, Path]) -> float:
+    def paint(wanted: UsedModel, files: dict[str, Path]) -> float:
         job = RunJob(
             job_id="bench",
             endpoint_id="",
             task_type="txt2img",
-            models=[used],
+            models=[wanted],
             bucket="",
             params_key="",
             result_prefix="",
@@ -228,8 +229,8 @@ def _paint(settings: ObjectSettings, model: UsedModel, folder: Path) -> dict[str
             LOADED: Picture(*loaded, warm),
         }
 
-    demo = UsedModel(type="Stable-diffusion", name=CHECKPOINT.name)
-    paint(demo, {CHECKPOINT.name: CHECKPOINT})
+    demo = used(CHECKPOINT)
+    paint(demo, {demo.content: CHECKPOINT})
     return uvloop.run(work())
 
 

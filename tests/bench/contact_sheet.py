@@ -20,7 +20,8 @@ from deploy.local.demo import CHECKPOINT
 from services.inference.worker.pipelines import Listener
 from services.inference.worker.pipelines.engine import Engine
 from services.inference.worker.pipelines.sampling.names import SAMPLERS
-from shared.contracts.inference import RunJob, UsedModel
+from shared.contracts.inference import RunJob
+from tests.weights import files_of, used
 
 SIZE, COLUMNS, LABEL = 128, 8, 30
 HEART = "a red heart on a yellow background"
@@ -107,13 +108,13 @@ def _paint(engine: Engine, **body: Any) -> Image.Image:
         job_id="sheet",
         endpoint_id="",
         task_type="img2img" if "init_images" in body else "txt2img",
-        models=[UsedModel(type="Stable-diffusion", name=CHECKPOINT.name)],
+        models=[used(CHECKPOINT)],
         bucket="",
         params_key="",
         result_prefix="",
     )
     asked = json.dumps({**BODY, **body}).encode()
-    result = engine.run(job, asked, {CHECKPOINT.name: CHECKPOINT})
+    result = engine.run(job, asked, files_of(job))
     return Image.open(io.BytesIO(result.images[0].data)).convert("RGB")
 
 

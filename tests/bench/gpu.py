@@ -30,10 +30,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from services.inference.worker.pipelines import Listener, Result
 from services.inference.worker.pipelines.engine import Engine
 from services.inference.worker.settings import EngineOptions
-from shared.contracts.inference import RunJob, UsedModel
+from shared.contracts.inference import RunJob
 from shared.weights.kinds import SD1, SDXL
 from tests.bench.report import Row, print_table
 from tests.bench.true_size import small, write_checkpoint, write_lora
+from tests.weights import files_of, used
 
 PROMPT = "a red heart on a yellow background"
 MODELS, LORAS, TRACE = 3, 20, 60
@@ -214,8 +215,7 @@ class Bench:
         self.done.wait(self.engine, 1)
 
     def _submit(self, job_id: str, path: Path, body: dict[str, Any], *loras: Path) -> None:
-        models = [UsedModel(type="Stable-diffusion", name=path.name)]
-        models += [UsedModel(type="Lora", name=lora.name) for lora in loras]
+        models = [used(path), *(used(lora, "Lora") for lora in loras)]
         job = RunJob(
             job_id=job_id,
             endpoint_id="bench",
@@ -225,8 +225,7 @@ class Bench:
             params_key="",
             result_prefix="",
         )
-        files = {file.name: file for file in (path, *loras)}
-        self.engine.submit(job, json.dumps(body).encode(), files)
+        self.engine.submit(job, json.dumps(body).encode(), files_of(job))
 
     def _plain(self, path: Path, case: Case) -> Any:
         """diffusers' own pipeline on a copy of the same weights, in the layout it would load."""

@@ -60,7 +60,8 @@ def _switch(files: list[Path], switches: int, ram_bytes: int) -> list[int]:
     from services.inference.worker.pipelines import Listener
     from services.inference.worker.pipelines.engine import Engine
     from services.inference.worker.settings import EngineOptions
-    from shared.contracts.inference import RunJob, UsedModel
+    from shared.contracts.inference import RunJob
+    from tests.weights import files_of, used
 
     told = EngineOptions(preview_seconds=0, ram_bytes=ram_bytes)
     process, resident = psutil.Process(), []
@@ -72,14 +73,14 @@ def _switch(files: list[Path], switches: int, ram_bytes: int) -> list[int]:
                 job_id=str(switch),
                 endpoint_id="",
                 task_type="txt2img",
-                models=[UsedModel(type="Stable-diffusion", name=file.name)],
+                models=[used(file)],
                 bucket="",
                 params_key="",
                 result_prefix="",
             )
             size = {"width": 64 * (1 + switch * 7 % 6), "height": 64 * (1 + switch % 5)}
             body = {"prompt": "x", "steps": 1, "seed": 1, "batch_size": 1 + switch % 3, **size}
-            engine.run(job, json.dumps(body).encode(), {file.name: file})
+            engine.run(job, json.dumps(body).encode(), files_of(job))
             resident.append(process.memory_info().rss)
     return resident
 

@@ -212,7 +212,7 @@ def names(folder: Path) -> list[str]:
 
 async def fetch(cache: ModelCache, *models: UsedModel) -> list[Path]:
     async with cache.hold(models) as files:
-        return [files[model.checkpoint_id or ""] for model in models]
+        return [files[model.content] for model in models]
 
 
 async def refused(cache: ModelCache, model: UsedModel) -> str:
@@ -306,7 +306,7 @@ async def test_two_processes_fetch_a_file_once(store: Store, folder: Path) -> No
     store.proxy.open()
     files = [await process.answer() for process in both]
     path = folder / f"{model.sha256}.safetensors"
-    assert files[0] == files[1] == {model.name: str(path), model.checkpoint_id: str(path)}
+    assert files[0] == files[1] == {model.content: str(path)}
     assert path.read_bytes() == data
     assert names(folder) == [path.name]
     assert BIG < store.proxy.came < BIG + MIB
@@ -350,7 +350,7 @@ async def test_a_part_that_somebody_works_on_is_not_cleared_away(
     ModelCache(store.objects, folder, limit=1)._make_room()
     assert names(folder) == [f".parts/{model.sha256}.safetensors"]
     store.proxy.open()
-    assert model.name in await process.answer()
+    assert model.content in await process.answer()
 
 
 async def test_what_was_used_longest_ago_makes_room_but_nothing_that_is_in_use(
@@ -413,10 +413,20 @@ async def test_the_same_content_lies_once_whatever_it_is_called(store: Store, fo
     first, second = await store.put(data), await store.put(data, "renamed.safetensors")
     cache = ModelCache(store.objects, folder, NO_LIMIT)
     async with cache.hold([first, second]) as files:
-        assert set(files) == {first.name, second.name, first.checkpoint_id, second.checkpoint_id}
-        assert len(set(files.values())) == 1
+        assert files == {first.content: folder / f"{digest(data)}.safetensors"}
+        assert files[second.content] == files[first.content]
     assert names(folder) == [f"{digest(data)}.safetensors"]
     assert store.proxy.came < BIG + MIB
+
+
+async def test_files_of_one_checkpoint_are_told_apart(store: Store, folder: Path) -> None:
+    both = [content(64), content(64, seed=1)]
+    first, second = [await store.put(data) for data in both]
+    second = msgspec.structs.replace(second, checkpoint_id=first.checkpoint_id)
+    for models in ((first, second), (second, first)):
+        paths = await fetch(ModelCache(store.objects, folder, NO_LIMIT), *models)
+        told = [both[model is second] for model in models]
+        assert [path.read_bytes() for path in paths] == told
 
 
 @pytest.mark.parametrize(
@@ -461,17 +471,17 @@ async def test_on_a_full_disk_more_is_evicted_or_the_job_fails(
     process = store.start(folder, *small_disk)
     await process.line()
     for model in (a, b, c, a):
-        assert model.name in await process.hold(model)
+        assert model.content in await process.hold(model)
         process.release()
     assert await process.hold(large) == {
         "JobFailure": f'model "model.safetensors" has {41 * MIB} bytes, and the worker\'s disk has'
         " no room for them"
     }
-    assert a.name in await process.hold(a, b)
+    assert a.content in await process.hold(a, b)
     assert "Retry" in await process.hold(c), "there will be room when the other job has ended"
     assert "JobFailure" in await process.hold(a, b, c)
     process.release()
-    assert c.name in await process.hold(c)
+    assert c.content in await process.hold(c)
 
 
 async def waits(proxy: Proxy) -> bool:

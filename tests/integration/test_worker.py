@@ -131,10 +131,7 @@ async def test_a_job_is_fetched_run_uploaded_and_reported(bus: Bus, pool: Pool) 
         Bucket=JOBS_BUCKET, Key=f"out/{job_id}/result/{job_id}_param.json"
     )
     info = msgspec.json.decode(await stored["Body"].read())
-    assert info["files"] == {
-        "model.safetensors": "real weights",
-        checkpoint.checkpoint_id: "real weights",
-    }
+    assert list(info["files"].values()) == ["real weights"]
     steps = [report for report in bus.progress if report.job_id == job_id]
     assert 4 <= len(steps) <= 9, "at most ten a second"
     assert (steps[-1].step, steps[-1].steps, steps[-1].eta_seconds) == (40, 40, 0.0)

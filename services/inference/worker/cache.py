@@ -66,8 +66,7 @@ class ModelCache:
 
     @contextlib.asynccontextmanager
     async def hold(self, models: Iterable[UsedModel]) -> AsyncIterator[dict[str, Path]]:
-        """The files of a job, kept in place while it runs, each under its name and under the id
-        of its checkpoint; where two have the same name or id, the first.
+        """The files of a job by their `content`, kept in place while it runs.
 
         Raises JobFailure for a file that is not in the store, is not what was registered, or for
         which the disk is too small; Retry while the files of other jobs fill the disk."""
@@ -78,8 +77,7 @@ class ModelCache:
                     path = self._path(model)
                     if not await _use(path, model.size, locks):
                         await self._fetch(model, path, locks, held=files.values())
-                    files.setdefault(model.name, path)
-                    files.setdefault(model.checkpoint_id, path)
+                    files[model.content] = path
             yield files
 
     def _path(self, model: UsedModel) -> Path:

@@ -21,7 +21,7 @@ MOST_BYTES = 2 * 1024**3
 
 
 class Run(msgspec.Struct, frozen=True, tag=True):
-    """`files`: name or checkpoint id -> path. `alone`: nothing may run beside it. `may_go`: it may
+    """`files`: `content` of a model -> path. `alone`: nothing may run beside it. `may_go`: it may
     be begun without asking. Part: the params."""
 
     job: RunJob

@@ -20,7 +20,8 @@ from torch import Tensor
 from services.inference.worker.pipelines import Listener, Result
 from services.inference.worker.pipelines.engine import Engine
 from services.inference.worker.settings import EngineOptions
-from shared.contracts.inference import RunJob, UsedModel
+from shared.contracts.inference import RunJob
+from tests.weights import files_of, used
 
 Pixels = NDArray[np.int16]
 """(height, width, 3)"""
@@ -68,7 +69,7 @@ class Bench:
             job_id=job_id,
             endpoint_id="endpoint",
             task_type=task_type,
-            models=[UsedModel(type=type_, name=path.name) for path, type_ in files.items()],
+            models=[used(path, type_) for path, type_ in files.items()],
             bucket="bucket",
             params_key="key",
             result_prefix="out/job/result/",
@@ -87,7 +88,7 @@ class Bench:
         job = self.job(task_type, files)
         params = json.dumps({**USUAL, **body}).encode()
         with _Decoded() as decoded:
-            result = self.engine.run(job, params, {path.name: path for path in files})
+            result = self.engine.run(job, params, files_of(job))
         return Seen(result, decoded.latents)
 
 

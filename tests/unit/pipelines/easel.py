@@ -16,7 +16,8 @@ from PIL import Image
 
 from services.inference.worker.pipelines import Listener, Result
 from services.inference.worker.pipelines.engine import Engine
-from shared.contracts.inference import RunJob, UsedModel
+from shared.contracts.inference import RunJob
+from tests.weights import files_of, used
 
 DEMO = Path(__file__).parents[3] / "deploy/demo_model/darkroom-demo.safetensors"
 NAME = DEMO.name
@@ -87,20 +88,17 @@ def _refuse(constant: str) -> None:
 
 
 def job_of(task_type: str, models: Sequence[Model]) -> tuple[RunJob, dict[str, Path]]:
-    """The job, and its files by the ids of their checkpoints."""
+    """The job, and its files as an engine is told of them."""
     job = RunJob(
         job_id="job",
         endpoint_id="endpoint",
         task_type=task_type,
-        models=[
-            UsedModel(type=type_, name=name, checkpoint_id=f"id of {type_}/{name}")
-            for type_, name, _ in models
-        ],
+        models=[used(path, type_, name) for type_, name, path in models],
         bucket="bucket",
         params_key="key",
         result_prefix="out/job/result/",
     )
-    return job, {f"id of {type_}/{name}": path for type_, name, path in models}
+    return job, files_of(job)
 
 
 def pixels_of(picture: Image.Image) -> NDArray[np.int16]:

@@ -27,8 +27,9 @@ from services.inference.worker.pipelines.engine import Engine
 from services.inference.worker.pipelines.memory import Memory
 from services.inference.worker.pipelines.painting import PaintingPlan
 from services.inference.worker.settings import EngineOptions
-from shared.contracts.inference import RunJob, UsedModel
+from shared.contracts.inference import RunJob
 from shared.weights.kinds import SD1
+from tests.weights import files_of, used
 
 NAME = CHECKPOINT.name
 
@@ -81,14 +82,14 @@ class Bench:
             job_id=job_id,
             endpoint_id="endpoint",
             task_type="txt2img",
-            models=[UsedModel(type="Stable-diffusion", name=NAME)],
+            models=[used(CHECKPOINT)],
             bucket="",
             params_key="",
             result_prefix="",
         )
         asked = {"prompt": "a red heart", "steps": 3, "width": 64, "height": 64, "seed": 7, **body}
         self.engine.submit(
-            job, json.dumps(asked).encode(), {NAME: CHECKPOINT}, alone=alone, may_go=may_go
+            job, json.dumps(asked).encode(), files_of(job), alone=alone, may_go=may_go
         )
 
     def finish(self, *job_ids: str, rounds: int = 500) -> None:

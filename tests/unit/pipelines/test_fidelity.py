@@ -31,6 +31,7 @@ from tests.unit.pipelines import by_hand, tiny
 from tests.unit.pipelines.bench import SIDE, USUAL, Bench, Seen, base64_of, photo, pixels_of, worst
 from tests.unit.pipelines.conftest import Checkpoints, Same
 from tests.unit.pipelines.tiny import Tiny
+from tests.weights import files_of
 
 PROMPT, NEGATIVE = USUAL["prompt"], USUAL["negative_prompt"]
 
@@ -685,7 +686,7 @@ def test_a_picture_does_not_depend_on_who_else_is_painted(
     engine = Engine("cpu", tmp_path, noting, EngineOptions(preview_seconds=0))
     for name, body in bodies.items():
         job = bench.job("txt2img", {path: "Stable-diffusion"}, name)
-        engine.submit(job, json.dumps({**USUAL, **body}).encode(), {path.name: path})
+        engine.submit(job, json.dumps({**USUAL, **body}).encode(), files_of(job))
     while not engine.idle:
         engine.advance()
     for name, body in bodies.items():

@@ -226,7 +226,7 @@ def controls(easel: Easel, tmp_path: Path) -> Callable[..., Controls]:
         ("ControlNet", "control.safetensors", small.write_controlnet_names(tmp_path / "c")),
         ("ControlNet", "demo.safetensors", DEMO),
     ]
-    models = Models(*job_of("txt2img", named))
+    models = Models(*job_of("txt2img", named), easel.engine.library)
 
     def of(*units: dict[str, Any], family: str = SD1) -> Controls:
         return Controls(
@@ -284,7 +284,7 @@ def test_a_controlnet_of_another_family_is_told(controls: Callable[..., Controls
 
 def test_units_are_written_down_as_the_extension_does(controls: Callable[..., Controls]) -> None:
     told = controls(
-        {"module": "canny", "model": "Control [abc]", "processor_res": 768, "threshold_a": 50}
+        {"module": "canny", "model": "Control [0123abcd]", "processor_res": 768, "threshold_a": 50}
         | {"resize_mode": 2, "control_mode": 1},
         {"model": "control.safetensors", "weight": 0.5, "resize_mode": 1, "control_mode": 0}
         | {"number": 2},

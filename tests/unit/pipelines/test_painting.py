@@ -19,6 +19,7 @@ from services.inference.worker.pipelines import JobFailure
 from services.inference.worker.pipelines.models.families import configs_of
 from services.inference.worker.pipelines.pictures.infotext import VERSION
 from services.inference.worker.pipelines.sampling.names import SAMPLERS
+from shared.contracts.inference import UsedModel
 from shared.weights.headers import Header, TensorSpec
 from tests.unit.pipelines import small
 from tests.unit.pipelines.easel import (
@@ -421,7 +422,7 @@ def test_everything_that_has_a_part_is_in_the_infotext(
         hr_sampler_name="DPM++ 2M Karras",
         hr_prompt='a "blue", zorb: 1',
         hr_negative_prompt="x\ny",
-        hr_checkpoint_name="other.safetensors [whatever]",
+        hr_checkpoint_name="other.safetensors [0123456789]",
         denoising_strength=0.6,
         override_settings={
             "k_sched_type": "Exponential",
@@ -670,8 +671,8 @@ def test_the_vae_is_the_one_that_is_asked_for(easel: Easel, red_vae: Path, folde
 
 
 def test_a_vae_that_stands_for_a_choice_comes_without_a_file(easel: Easel) -> None:
-    job, files = job_of("txt2img", [CHECKPOINT, ("VAE", "Automatic", DEMO)])
-    del files["id of VAE/Automatic"]
+    job, files = job_of("txt2img", [CHECKPOINT])
+    job.models.append(UsedModel(type="VAE", name="Automatic"))
     body = json.dumps({"prompt": "a red circle", "steps": 3, "width": 64, "height": 64, "seed": 7})
     result = easel.engine.run(job, body.encode(), files)
     picture = Image.open(io.BytesIO(result.images[0].data))

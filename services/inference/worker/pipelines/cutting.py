@@ -72,7 +72,7 @@ class CuttingPlan:
         self.params, self.raw, self.warnings = parse_cutting(body)
         self.library = library
         self.format = Format() if form.name == "jpg" else form  # a cut-out is transparent
-        self.models = Models(job, files)
+        self.models = Models(job, files, library)
         self.session_name, self.session_files = _choose(self.models, self.params)
         self.vitmatte = _choose_vitmatte(self.models, self.params)
         if not self.params.input_image:

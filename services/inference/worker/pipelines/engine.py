@@ -123,10 +123,9 @@ class Engine:
         """Puts a job at the end of the line, or says at once that it is unfit. Beside a job that is
         to run alone it is not even looked at, and that one itself when it is begun.
 
-        `files`: where each of `job.models` lies, by its checkpoint id, else by its name. Never
-        write into a file again that was handed in here (its pages are mapped); write a new one and
-        rename it. `alone`: no other job runs beside it. `may_go`: it needs no `go` when it is
-        begun."""
+        `files`: where each of `job.models` lies, by its `content`. Never write into a file again
+        that was handed in here (its pages are mapped); write a new one and rename it. `alone`: no
+        other job runs beside it. `may_go`: it needs no `go` when it is begun."""
         waiting = _Job(job.job_id, lambda: self._plan(job, params, files), alone)
         waiting.may_go = may_go
         self._waiting.append(waiting)

@@ -263,7 +263,7 @@ class EnlargingPlan:
         """Raises JobFailure."""
         self.params, self.raw, self.warnings = parse_enlarging(body)
         self.library, self.format = library, form
-        self.models = Models(job, files)
+        self.models = Models(job, files, library)
         if not self.params.image:
             raise JobFailure("image: got none, allowed is a picture in base64")
         self.picture = read_picture(self.params.image, "image")

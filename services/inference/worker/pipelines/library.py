@@ -27,11 +27,11 @@ from services.inference.worker.pipelines.models.shelf import Shelf
 from services.inference.worker.pipelines.prompts.encoding import Encodings
 from services.inference.worker.settings import EngineOptions
 from shared.contracts.inference import RunJob
+from shared.webui import titles
 
 T = TypeVar("T")
 
 _LIBRARIES = ("torch", "diffusers", "transformers", "safetensors", "numpy", "pillow")
-_WEBUI_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".onnx")
 
 
 class Library:
@@ -146,34 +146,36 @@ class Library:
 
 
 class Shelved(msgspec.Struct, frozen=True):
-    """A model that a job names, and its file."""
+    """A model that a job names, and its file. `sha256`: as it was registered, or empty."""
 
     type: str
     name: str
     path: Path
+    sha256: str
+    library: Library
 
     @property
     def stem(self) -> str:
-        return stem_of(self.name)
+        return titles.stem_of(self.name)
 
-
-def stem_of(title: str) -> str:
-    """`folder/name.safetensors [0123456789]`, as the webui writes titles -> `name`."""
-    name = Path(title.split(" [")[0].strip().replace("\\", "/")).name
-    for suffix in _WEBUI_SUFFIXES:
-        if name.lower().endswith(suffix):
-            return name[: -len(suffix)]
-    return name
+    @property
+    def alias(self) -> str:
+        """Of a LoRA, as the webui reads it. A file that can't be opened has none."""
+        try:
+            header = self.library.open(self.path, self.name).header
+        except JobFailure:
+            return ""
+        return header.metadata.get("ss_output_name", "")
 
 
 class Models:
     """The models of one job, found by the names that people use for them."""
 
-    def __init__(self, job: RunJob, files: Mapping[str, Path]) -> None:
+    def __init__(self, job: RunJob, files: Mapping[str, Path], library: Library) -> None:
         self.all = [
-            Shelved(model.type, model.name, files[key])
+            Shelved(model.type, model.name, files[model.content], model.sha256, library)
             for model in job.models
-            if (key := model.checkpoint_id or model.name) in files
+            if model.content in files
         ]
         self.used: list[Shelved] = []
 
@@ -181,14 +183,9 @@ class Models:
         return [model for model in self.all if model.type == type_]
 
     def find(self, type_: str, title: str) -> Shelved | None:
-        """By its name, with or without suffix, folder and hash; in upper or lower case if it comes
-        to that."""
-        wanted = stem_of(title)
-        for same in (wanted, wanted.lower()):
-            for model in self.of(type_):
-                if (model.stem if same == wanted else model.stem.lower()) == same:
-                    return self.use(model)
-        return None
+        """See `shared.webui.titles`."""
+        found = titles.find(type_, title, self.of(type_))
+        return found and self.use(found)
 
     def get(self, type_: str, title: str, field: str) -> Shelved:
         """Raises JobFailure if the job names none like this."""

@@ -42,7 +42,7 @@ from services.inference.worker.pipelines.denoising import (
     together,
 )
 from services.inference.worker.pipelines.enlarging import Upscaler, find_upscaler
-from services.inference.worker.pipelines.library import Library, Models, Shelved, receipt, stem_of
+from services.inference.worker.pipelines.library import Library, Models, Shelved, receipt
 from services.inference.worker.pipelines.models.checkpoints import Checkpoint, set_tiling
 from services.inference.worker.pipelines.models.families import configs_of
 from services.inference.worker.pipelines.models.files import ModelFile
@@ -120,7 +120,7 @@ class PaintingPlan:
         params, self.raw, self.warnings = parse_painting(body, job.task_type)
         self.task_type = job.task_type
         self.studio = studio
-        self.models = Models(job, files)
+        self.models = Models(job, files, studio.library)
         self.params = _settled(params, self.warnings)
         library = studio.library
         self.checkpoint = self._open(_choose_checkpoint(self.models, self.params))
@@ -1058,9 +1058,12 @@ class _Painting:
         return f"{file.stem} [{self._hash(file)[:10]}]"
 
     def _hashes(self) -> dict[str, object]:
-        """Of networks and embeddings, in the form that the webui compares."""
-        networks = [file for file, _ in self.plan.networks]
-        loras = ", ".join(f"{stem_of(f.name)}: {self._network_hash(f)[:12]}" for f in networks)
+        """Of networks, by the names that the prompt has for them, and of embeddings, in the form
+        that the webui compares."""
+        loras = ", ".join(
+            f"{network.name.replace(',', '')}: {self._network_hash(file)[:12]}"
+            for file, network in self.plan.networks
+        )
         words = ", ".join(f"{f.stem}: {self._hash(f)[:12]}" for f in self.plan.embeddings)
         return {"Lora hashes": loras or None, "TI hashes": words or None}
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from services.inference.worker.pipelines import JobFailure
 from services.inference.worker.pipelines.memory import is_out_of_memory
+from shared.webui.titles import stem_of
 from shared.weights import BrokenFile, UnsafeFile
 from shared.weights.headers import is_pickle, read_header
 from shared.weights.pickles import LEFT_BY_TRAINING, Pickle, flatten, read_pickle
@@ -53,7 +54,7 @@ class ModelFile:
 
     @property
     def stem(self) -> str:
-        return Path(self.name).stem
+        return stem_of(self.name)
 
     @property
     def size(self) -> int:
