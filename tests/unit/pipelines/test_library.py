@@ -22,7 +22,7 @@ from services.inference.worker.pipelines.memory import Memory, total_ram
 from services.inference.worker.pipelines.models import components
 from services.inference.worker.pipelines.models.components import Place
 from services.inference.worker.pipelines.models.shelf import Shelf
-from services.inference.worker.pipelines.painting import _Painting
+from services.inference.worker.pipelines.painting import Painting
 from services.inference.worker.settings import EngineOptions
 from tests.bench.switching import resident_after_switches
 from tests.unit.pipelines import small
@@ -280,8 +280,8 @@ def test_decoding_that_finds_too_little_memory_is_tried_again_once(
     own_bench: Bench, variants: list[Path], monkeypatch: pytest.MonkeyPatch, times: int
 ) -> None:
     alone = own_bench.paint(variants[0])
-    decode, happened = short_of_memory(_Painting._decode, times)
-    monkeypatch.setattr(_Painting, "_decode", lambda self, latents: decode(self, latents))
+    decode, happened = short_of_memory(Painting._decode, times)
+    monkeypatch.setattr(Painting, "_decode", lambda self, latents: decode(self, latents))
     if times == 1:
         again = own_bench.paint(variants[0])
         assert again.pixels[0].tolist() == alone.pixels[0].tolist()

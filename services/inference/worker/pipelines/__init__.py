@@ -4,6 +4,7 @@ Files
   engine.py      runs jobs side by side: their rows of one UNet become one batch
   painting.py    txt2img and img2img, hires fix and refiner
   plotting.py    the script "X/Y/Z plot"
+  sd_upscale.py  the script "SD upscale"
   enlarging.py   extra-single-image
   cutting.py     rembg
   controlling.py ControlNet: hints from pictures (`hints.py`), and how they act

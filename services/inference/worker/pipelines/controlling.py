@@ -68,8 +68,8 @@ class Controls:
         self._library = library
         self._units = [self._look_at(unit, models, family) for unit in units]
         self._loaded: list[Any] = []
-        self._made: dict[tuple[int, int, bool], list[Control]] = {}
-        self._looks: dict[tuple[int, int, int], _Look] = {}
+        self._made: dict[tuple[Source, int, int, bool], list[Control]] = {}
+        self._looks: dict[tuple[Source, int, int, int], _Look] = {}
 
     def _look_at(self, unit: ControlUnit, models: Models, family: str) -> _Unit:
         where = f"alwayson_scripts.controlnet.args[{unit.number}]"
@@ -107,13 +107,27 @@ class Controls:
     def of(self, width: int, height: int, source: Source, *, hires: bool) -> list[Control]:
         """The units for pictures of a size. `hires`: for the second pass. Raises JobFailure if
         there is no picture."""
-        key = width, height, hires
+        key = source, width, height, hires
         if key not in self._made:
             self._made[key] = [
                 self._control(number, width, height, source, hires)
                 for number in range(len(self._units))
             ]
         return self._made[key]
+
+    def forget(self) -> None:
+        """What was made for pictures that are finished."""
+        self._made.clear()
+        self._looks.clear()
+
+    @property
+    def own_pictures(self) -> list[str]:
+        """The fields of those that the units bring with them."""
+        return [
+            f"alwayson_scripts.controlnet.args[{one.unit.number}].image"
+            for one in self._units
+            if one.picture is not None
+        ]
 
     def _control(
         self, number: int, width: int, height: int, source: Source, hires: bool
@@ -153,7 +167,7 @@ class Controls:
         return picture
 
     def _look(self, number: int, width: int, height: int, source: Source) -> _Look:
-        key = number, width, height
+        key = source, number, width, height
         if key not in self._looks:
             self._looks[key] = _look(self._units[number], width, height, source)
         return self._looks[key]

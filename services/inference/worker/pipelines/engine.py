@@ -41,9 +41,11 @@ from services.inference.worker.pipelines.memory import (
 )
 from services.inference.worker.pipelines.models.components import Place
 from services.inference.worker.pipelines.painting import PaintingPlan, Studio
+from services.inference.worker.pipelines.params.painting import PLOT, SD_UPSCALE, script_of
 from services.inference.worker.pipelines.pictures.files import Format
 from services.inference.worker.pipelines.pictures.previews import MEDIA_TYPE, Mixes
-from services.inference.worker.pipelines.plotting import PlottingPlan, asks_for_plot
+from services.inference.worker.pipelines.plotting import PlottingPlan
+from services.inference.worker.pipelines.sd_upscale import SDUpscalePlan
 from services.inference.worker.settings import EngineOptions
 from shared.contracts.inference import RunJob
 from shared.logs import get_logger
@@ -51,6 +53,10 @@ from shared.logs import get_logger
 log = get_logger(__name__)
 
 ASIDE_THREADS = 4
+PLANS_OF_SCRIPTS: dict[str, Callable[[RunJob, bytes, Mapping[str, Path], Studio], Plan]] = {
+    PLOT: PlottingPlan,
+    SD_UPSCALE: SDUpscalePlan,
+}
 
 
 class _Beside:
@@ -202,7 +208,7 @@ class Engine:
         library, form = self.library, self._studio.format
         match job.task_type:
             case "txt2img" | "img2img":
-                wanted = PlottingPlan if asks_for_plot(params) else PaintingPlan
+                wanted = PLANS_OF_SCRIPTS.get(script_of(params), PaintingPlan)
                 return wanted(job, params, files, self._studio)
             case "extra-single-image":
                 return EnlargingPlan(job, params, files, library, form)

@@ -6,7 +6,7 @@ import importlib.util
 import math
 import sys
 import types
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +60,11 @@ class Upscaler(msgspec.Struct, frozen=True, eq=False):
     resampling: Image.Resampling = Image.Resampling.LANCZOS
     file: ModelFile | None = None
 
-    def by_factor(self, picture: Image.Image, factor: float) -> Enlargement:
+    def by_factor(self, picture: Image.Image, factor: float, multiple: int = 1) -> Enlargement:
         """A model whose own factor is smaller makes up to three passes over the picture. Raises
-        JobFailure for a pass that would take too much memory."""
-        width, height = round(picture.width * factor), round(picture.height * factor)
+        JobFailure for a pass that would take too much memory. `multiple`: of what the sides are to
+        be, to which they are rounded down."""
+        width, height = enlarged_size(picture.size, factor, multiple)
         if self.file is not None:
             model = self._model(self.file)
             passes = _passes(factor, int(model.scale))
@@ -103,6 +104,14 @@ class Upscaler(msgspec.Struct, frozen=True, eq=False):
             lambda: load_upscaler(file, self.library.place.device),
             lambda upscaler: upscaler.model.parameters(),
         )
+
+
+def enlarged_size(size: tuple[int, int], factor: float, multiple: int = 1) -> tuple[int, int]:
+    """(width, height)"""
+    if multiple == 1:
+        return round(size[0] * factor), round(size[1] * factor)
+    width, height = (int(side * factor // multiple * multiple) for side in size)
+    return width, height
 
 
 def find_upscaler(
@@ -182,6 +191,18 @@ def _next(run: Enlargement) -> float | Image.Image:
     except StopIteration as end:
         picture: Image.Image = end.value
         return picture
+
+
+def aside(
+    run: Enlargement, tell: Callable[[float], None] = lambda done: None
+) -> Generator[Any, Any, Image.Image]:
+    """As others need not wait for it. `tell`: called with how much is done, 0 to 1."""
+    (done,) = yield Aside([lambda: _next(run)])
+    while isinstance(done, float):
+        tell(done)
+        (done,) = yield Aside([lambda: _next(run)])
+    picture: Image.Image = done
+    return picture
 
 
 def _as_share(run: Enlargement, number: int, count: int) -> Enlargement:
@@ -300,13 +321,11 @@ class EnlargingPlan:
     ) -> Generator[Any, Any, Image.Image]:
         if upscaler.name == "None":
             return self.picture
-        run = upscaler.by_factor(self.picture, self.factor)
-        (done,) = yield Aside([lambda: _next(run)])
-        while isinstance(done, float):
-            report.step(round(100 * (number + done)), 100 * len(self.upscalers))
-            (done,) = yield Aside([lambda: _next(run)])
+        enlarged = yield from aside(
+            upscaler.by_factor(self.picture, self.factor),
+            lambda done: report.step(round(100 * (number + done)), 100 * len(self.upscalers)),
+        )
         params = self.params
-        enlarged: Image.Image = done
         if params.resize_mode == 1 and params.upscaling_crop:
             size = (params.upscaling_resize_w, params.upscaling_resize_h)
             left, top = (enlarged.width - size[0]) // 2, (enlarged.height - size[1]) // 2

@@ -1,7 +1,7 @@
 """txt2img and img2img: from a webui body to finished pictures.
 
 `PaintingPlan` looks at the body and at the headers of the files, and refuses what can't be done,
-before anything is loaded. `_Painting` is the job under way.
+before anything is loaded. `Painting` is the job under way.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ class PaintingPlan:
         )
 
     def work(self, report: Report) -> Work:
-        return _Painting(self, report).work()
+        return Painting(self, report).work()
 
     def _open(self, model: Shelved) -> ModelFile:
         return self.studio.library.open(model.path, model.name)
@@ -270,7 +270,7 @@ def _without_networks(prompt: str) -> tuple[str, list[Network]]:
         raise JobFailure(str(error)) from None
 
 
-class _Start(msgspec.Struct, frozen=True, eq=False):
+class Start(msgspec.Struct, frozen=True, eq=False):
     """What img2img starts from, one of each per picture of a batch."""
 
     latents: Tensor
@@ -281,7 +281,7 @@ class _Start(msgspec.Struct, frozen=True, eq=False):
     pictures: list[Image.Image]
 
 
-class _Pass(msgspec.Struct, frozen=True, eq=False):
+class Pass(msgspec.Struct, frozen=True, eq=False):
     """One run of a sampler: of the first pass, or of hires fix."""
 
     net: Net
@@ -300,7 +300,7 @@ class _Pass(msgspec.Struct, frozen=True, eq=False):
         return self.steps * self.sampler.calls
 
 
-class _Painting:
+class Painting:
     """The job under way: everything that is loaded for it, and how far it has come."""
 
     def __init__(self, plan: PaintingPlan, report: Report) -> None:
@@ -316,7 +316,7 @@ class _Painting:
         self._steps_before = 0
 
     def work(self) -> Work:
-        plan, params = self.plan, self.params
+        params = self.params
         with self.watch.stage("load"):
             self._load()
         with self.watch.stage("encode"):
@@ -344,7 +344,10 @@ class _Painting:
             pictures += [picture for _, picture in finished]
         if self.settings.return_grid and not params.do_not_save_grid and len(images) > 1:
             images, texts = self._with_grid(images, pictures, texts)
-        info = self._info(texts, seeds, subseeds, len(images) > len(seeds))
+        return self._result(images, self._info(texts, seeds, subseeds, len(images) > len(seeds)))
+
+    def _result(self, images: list[ResultImage], info: dict[str, Any]) -> Result:
+        plan, params = self.plan, self.params
         answer = param_json(
             printable({**plan.raw, "seed": params.seed, "subseed": params.subseed}),
             info,
@@ -406,12 +409,12 @@ class _Painting:
 
     # Passes
 
-    def _first_pass(self) -> _Pass:
+    def _first_pass(self) -> Pass:
         params = self.params
         wants_refiner = (
             not params.enable_hr or self.settings.hires_fix_refiner_pass != "second pass"
         )
-        return _Pass(
+        return Pass(
             net=Net(self.checkpoint, self.worn, params.tiling),
             width=params.width,
             height=params.height,
@@ -423,14 +426,14 @@ class _Painting:
             words=self._words,
         )
 
-    def _hires_pass(self, first: _Pass) -> _Pass:
+    def _hires_pass(self, first: Pass) -> Pass:
         params = self.params
         checkpoint = self.checkpoint
         if self.plan.hr_checkpoint is not None:
             checkpoint = self.library.checkpoint(self.plan.hr_checkpoint)
         width, height, columns, rows = params.hires_size
         worn = self._wear(self.plan.hr_networks, checkpoint)
-        return _Pass(
+        return Pass(
             net=Net(checkpoint, worn, params.tiling),
             width=width // 8 * 8 - columns * 8,
             height=height // 8 * 8 - rows * 8,
@@ -451,15 +454,9 @@ class _Painting:
             self.embeddings,
         )
 
-    def _render(
-        self, first: _Pass, start: _Start | None, seeds: Sequence[tuple[int, int]]
-    ) -> Asking:
+    def _render(self, first: Pass, start: Start | None, seeds: Sequence[tuple[int, int]]) -> Asking:
         """Latents of one batch, ready for the VAE: (pictures, 4, height / 8, width / 8)."""
-        pictures = [[number] for number in range(len(seeds))]
-        if not first.sampler.per_picture:
-            pictures = [[number for one in pictures for number in one]]
-        runs = [self._begin(first, start, [seeds[n] for n in some], some) for some in pictures]
-        latents = yield from together(runs)
+        latents = yield from together(self._runs(first, start, seeds))
         self._steps_before += self._steps_of(first, start is not None)
         if self.params.enable_hr:
             latents = yield from self._hires(first, latents, seeds)
@@ -470,10 +467,19 @@ class _Painting:
             )
         return latents
 
+    def _runs(
+        self, first: Pass, start: Start | None, seeds: Sequence[tuple[int, int]]
+    ) -> list[Asking]:
+        """The first pass for a batch, one run for all that may share it."""
+        pictures = [[number] for number in range(len(seeds))]
+        if not first.sampler.per_picture:
+            pictures = [[number for one in pictures for number in one]]
+        return [self._begin(first, start, [seeds[n] for n in some], some) for some in pictures]
+
     def _begin(
         self,
-        run: _Pass,
-        start: _Start | None,
+        run: Pass,
+        start: Start | None,
         seeds: Sequence[tuple[int, int]],
         numbers: Sequence[int],
     ) -> Asking:
@@ -502,7 +508,7 @@ class _Painting:
             mask=mask,
         )
 
-    def _sigmas(self, run: _Pass, steps: int) -> Sigmas:
+    def _sigmas(self, run: Pass, steps: int) -> Sigmas:
         """Raises JobFailure for settings that make no way down from noise to a picture."""
         sigmas = run.sampler.sigmas(
             run.net.checkpoint.schedule, steps, self.params.spread(run.sampler)
@@ -524,7 +530,7 @@ class _Painting:
 
     def _from_latents(
         self,
-        run: _Pass,
+        run: Pass,
         guidance: Guidance,
         latents: Tensor,
         noise: Noise,
@@ -546,7 +552,7 @@ class _Painting:
 
     def _sample(
         self,
-        run: _Pass,
+        run: Pass,
         guidance: Guidance,
         x: Tensor,
         sigmas: Sigmas,
@@ -592,13 +598,13 @@ class _Painting:
             steps += params.hr_second_pass_steps or params.steps
         return steps * params.n_iter
 
-    def _steps_of(self, run: _Pass, from_picture: bool) -> int:
+    def _steps_of(self, run: Pass, from_picture: bool) -> int:
         if not from_picture:
             return run.steps
         strength, all_steps = self.params.denoising_strength, self.settings.img2img_fix_steps
         return img2img_steps(run.steps, strength, all_steps)[1]
 
-    def _hires(self, first: _Pass, latents: Tensor, seeds: Sequence[tuple[int, int]]) -> Asking:
+    def _hires(self, first: Pass, latents: Tensor, seeds: Sequence[tuple[int, int]]) -> Asking:
         params = self.params
         width, height, columns, rows = params.hires_size
         if self.plan.upscaler is None:
@@ -649,7 +655,7 @@ class _Painting:
 
     # Noise, texts, pictures to start from
 
-    def _noise(self, run: _Pass, seeds: Sequence[tuple[int, int]]) -> Noise:
+    def _noise(self, run: Pass, seeds: Sequence[tuple[int, int]]) -> Noise:
         params = self.params
         return Noise(
             (4, run.height // 8, run.width // 8),
@@ -665,7 +671,7 @@ class _Painting:
         )
 
     def _guidance(
-        self, run: _Pass, *, mask: Mask | None = None, beside: Tensor | None = None
+        self, run: Pass, *, mask: Mask | None = None, beside: Tensor | None = None
     ) -> Guidance:
         params = self.params
         then = None
@@ -679,7 +685,7 @@ class _Painting:
     def _guidance_of(
         self,
         net: Net,
-        run: _Pass,
+        run: Pass,
         *,
         mask: Mask | None,
         beside: Tensor | None,
@@ -703,18 +709,18 @@ class _Painting:
             then=then,
         )
 
-    def _controls(self, run: _Pass) -> list[Control]:
+    def _controls(self, run: Pass) -> list[Control]:
         hires = run.done_before is not None
         return self.plan.controls.of(run.width, run.height, self._source, hires=hires)
 
-    def _encode_texts(self, net: Net, run: _Pass, texts: Sequence[str]) -> list[Encoded]:
+    def _encode_texts(self, net: Net, run: Pass, texts: Sequence[str]) -> list[Encoded]:
         net.put_in_place()
         checkpoint = net.checkpoint
         weights = (checkpoint.file.identity(), checkpoint.wardrobe.key)
         encodings = self.library.encodings
         return encodings.encode(texts, checkpoint.text_encoders, run.words, weights)
 
-    def _texts(self, net: Net, run: _Pass) -> tuple[list[Prompted], Prompted]:
+    def _texts(self, net: Net, run: Pass) -> tuple[list[Prompted], Prompted]:
         def prompted(text: str, weight: float = 1.0) -> Prompted:
             phases = plan_phases(text, run.calls, done_before=run.done_before)
             texts = [phase.text for phase in phases]
@@ -740,12 +746,12 @@ class _Painting:
             return (*size, high), (*size, settings.sdxl_refiner_low_aesthetic_score)
         return None
 
-    def _batch_size(self, start: _Start | None) -> int:
+    def _batch_size(self, start: Start | None) -> int:
         """Several pictures to start from are one batch, as in the webui."""
         given = len(self.params.init_images)
         return given if start is not None and given > 1 else self.params.batch_size
 
-    def _start(self, checkpoint: Checkpoint) -> _Start:
+    def _start(self, checkpoint: Checkpoint) -> Start:
         params, settings = self.params, self.settings
         inpainting = None
         pictures, overlays, encoded = [], [], []
@@ -793,7 +799,15 @@ class _Painting:
         if checkpoint.kind.inpainting:
             beside = self._beside(pictures, inpainting, latents)
         paste = inpainting.paste if inpainting else None
-        return _Start(latents, mask, beside, overlays, paste, pictures)
+        return Start(latents, mask, beside, overlays, paste, pictures)
+
+    def _start_of(self, pictures: list[Image.Image]) -> Start:
+        """From pictures of the size that is rendered, all of each painted anew."""
+        latents = torch.cat([self._encode(picture) for picture in pictures])
+        beside = None
+        if self.checkpoint.kind.inpainting:
+            beside = self._beside(pictures, None, latents)
+        return Start(latents, None, beside, [], None, pictures)
 
     def _fitted(self, picture: Image.Image, field: str) -> Image.Image:
         """As `resize_mode` says; in mode 3 it is the latents that are resized."""
@@ -875,7 +889,7 @@ class _Painting:
         self.extra["Conditional mask weight"] = self.settings.inpainting_mask_weight
         return torch.cat(rows)
 
-    def _nothing_beside(self, run: _Pass, count: int) -> Tensor:
+    def _nothing_beside(self, run: Pass, count: int) -> Tensor:
         """For an inpainting model that paints everything: all is masked, nothing is seen."""
         grey = self._encode_pixels(torch.zeros(1, 3, run.height, run.width))
         row = torch.cat([torch.ones_like(grey[:, :1]), grey], 1)
@@ -923,20 +937,23 @@ class _Painting:
         return format_of(self.settings, self.plan.studio.format)
 
     def _finisher(
-        self, latents: Tensor, start: _Start | None, number: int, text: str, name: str
+        self, latents: Tensor, start: Start | None, number: int, text: str, name: str
     ) -> Callable[[], tuple[ResultImage, Image.Image | None]]:
         form = self._format
         notes = self._notes(text)
 
         def finish() -> tuple[ResultImage, Image.Image | None]:
-            picture = self._decode(latents)
-            picture = self.plan.controls.finish(picture, self._source)
+            picture = self._finished(latents, self._source)
             if start is not None and start.overlays:
                 picture = masks.lay_over(picture, start.overlays[number], start.paste)
             image = ResultImage(name, form.media_type, pack(picture, notes, form))
             return image, picture if self.settings.return_grid else None
 
         return finish
+
+    def _finished(self, latents: Tensor, source: Source) -> Image.Image:
+        """Of one picture: what was rendered, without what is laid over it."""
+        return self.plan.controls.finish(self._decode(latents), source)
 
     def _with_grid(
         self,

@@ -29,7 +29,6 @@ from services.inference.worker.pipelines.library import receipt
 from services.inference.worker.pipelines.painting import PaintingPlan, Studio, format_of
 from services.inference.worker.pipelines.params.painting import (
     MOST_PICTURES,
-    PLOT,
     PaintingParams,
     parse_painting,
 )
@@ -179,17 +178,6 @@ class _Args(msgspec.Struct, frozen=True):
     include_sub_grids: bool
     fixed_seeds: bool
     margin: int
-
-
-def asks_for_plot(body: bytes) -> bool:
-    """Whether a body names this script. What is no JSON asks for nothing."""
-    if PLOT.encode() not in body.lower():
-        return False
-    try:
-        raw = json.loads(body)
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(raw, dict) and str(raw.get("script_name", "")).lower() == PLOT
 
 
 class PlottingPlan:

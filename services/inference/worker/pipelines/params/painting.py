@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Annotated, Any, Literal
 
@@ -25,8 +26,9 @@ from services.inference.worker.pipelines.sampling.names import (
 )
 from services.inference.worker.pipelines.sampling.schedules import Spread
 
-PLOT = "x/y/z plot"
-"""The one script there is, by the webui's name in lower case."""
+PLOT, SD_UPSCALE = "x/y/z plot", "sd upscale"
+"""The scripts that there are, by the webui's names in lower case."""
+SCRIPTS = {"txt2img": (PLOT,), "img2img": (PLOT, SD_UPSCALE)}
 MOST_PICTURES = 128
 MOST_SIDE = 4096
 LEAST_SIDE, LARGEST_SIDE = 64, 2048
@@ -294,9 +296,16 @@ def parse_painting(body: bytes, task_type: str) -> tuple[PaintingParams, dict[st
     params = _as_task(params, task_type)
     _check(params, task_type)
     warnings += _about_samplers(params)
-    if params.script_name.lower() not in ("", "none", PLOT):
-        warnings.append(f"script_name {short(params.script_name)}: no effect here; {PLOT} has one")
     return msgspec.structs.replace(_rounded(params, warnings), units=units), raw, warnings
+
+
+def script_of(body: bytes) -> str:
+    """Of a body, in lower case. What is no JSON names none."""
+    try:
+        raw = json.loads(body)
+    except (ValueError, RecursionError):
+        return ""
+    return str(raw.get("script_name", "")).lower() if isinstance(raw, dict) else ""
 
 
 def _as_task(params: PaintingParams, task_type: str) -> PaintingParams:
@@ -327,6 +336,11 @@ def _check(params: PaintingParams, task_type: str) -> None:
     if task_type == "img2img" and not params.init_images:
         raise JobFailure(
             "init_images: got none, allowed is a list of at least one picture in base64"
+        )
+    if params.script_name.lower() not in ("", "none", *SCRIPTS[task_type]):
+        raise JobFailure(
+            f"script_name: got {short(params.script_name)}, allowed in {task_type} is one of"
+            f" {', '.join(SCRIPTS[task_type])}"
         )
     if len(params.init_images) > params.batch_size:
         raise JobFailure(
