@@ -96,7 +96,7 @@ ROUTES: dict[str, Route] = {
     "FollowEvents": Route("GET", "/events", ANYBODY),
     "FollowInferenceJob": Route("GET", f"/inferences/{NOTHING}/events", "inference:list"),
 }
-WITHOUT_A_PERSON = {"Ping", "GetApi", "GetAsyncApi", "CreateAccessToken"}
+WITHOUT_A_PERSON = {"Ping", "RootAPI", "GetApi", "GetAsyncApi", "CreateAccessToken"}
 WITH_BODY = [name for name, route in ROUTES.items() if route.body]
 names = itertools.count()
 

@@ -31,14 +31,45 @@ summary { cursor: pointer; margin: .4rem 0 }
 
 _GENERIC = re.compile(rb"Answer_services\.gateway\.schemas\.(\w+)_")
 
+ALSO_CALLED = {"ListInferenceJobs": "ListInferences", "StartInferences": "StartInferenceJob"}
+"""What another version of ESD calls an operation. An operation has one name, so the other one
+stands in an extension of its path: clients of ESD look through all that a path has."""
+NO_CONTENT = {"type": "object", "maxProperties": 0, "description": "A 204 has no body"}
+"""Clients of ESD look for the schema of every answer, and of the empty one too."""
+
 
 @cache
 def _describe(app: Litestar) -> dict[str, Any]:
     """As Litestar makes it, but that `Answer[Roles]` is called `RolesAnswer` and does not say in
-    which module the class lies."""
+    which module the class lies, and with what ESD's clients look for."""
     made = msgspec.json.encode(app.openapi_schema.to_schema())
-    named: dict[str, Any] = msgspec.json.decode(_GENERIC.sub(rb"\1Answer", made))
-    return named
+    api: dict[str, Any] = msgspec.json.decode(_GENERIC.sub(rb"\1Answer", made))
+    schemas = api["components"]["schemas"]
+    api["components"]["schemas"] = {
+        **{name: _inlined(schema, schemas) for name, schema in schemas.items()},
+        "NoContent": NO_CONTENT,
+    }
+    for methods in api["paths"].values():
+        for operation in list(methods.values()):
+            if empty := operation["responses"].get("204"):
+                schema = {"$ref": "#/components/schemas/NoContent"}
+                empty["content"] = {"application/json": {"schema": schema}}
+            if also := ALSO_CALLED.get(operation["operationId"]):
+                methods[f"x-{also}"] = {**operation, "operationId": also}
+    return api
+
+
+def _inlined(schema: Any, schemas: dict[str, Any]) -> Any:
+    """The schema with those that it refers to in their places, so that it can be used alone."""
+    match schema:
+        case {"$ref": str(reference), **beside}:
+            referred = _inlined(schemas[reference.rsplit("/", 1)[1]], schemas)
+            return {**referred, **beside}
+        case dict():
+            return {key: _inlined(value, schemas) for key, value in schema.items()}
+        case list():
+            return [_inlined(value, schemas) for value in schema]
+    return schema
 
 
 @get("/api", operation_id="GetApi", tags=["Description"], responses=errors())
@@ -71,7 +102,7 @@ def render(api: dict[str, Any]) -> str:
     groups: dict[str, list[str]] = {}
     for path, methods in api["paths"].items():
         for method, operation in methods.items():
-            if isinstance(operation, dict) and "operationId" in operation:
+            if not method.startswith("x-"):
                 tag = operation.get("tags", ["Other"])[0]
                 groups.setdefault(tag, []).append(_operation(api, path, method, operation))
     body = "".join(f"<h2>{escape(tag)}</h2>{''.join(parts)}" for tag, parts in groups.items())

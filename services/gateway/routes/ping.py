@@ -16,6 +16,12 @@ async def ping() -> Message:
     return Message(200, "pong")
 
 
+@get("/", operation_id="RootAPI", tags=["Ping"], responses=errors())
+async def root() -> Message:
+    """That somebody is here, as GET /ping says it too."""
+    return Message(200, "OK")
+
+
 @get("/healthz", include_in_schema=False, media_type=MediaType.JSON)
 async def healthz() -> dict[str, str]:
     return {"status": "alive"}
@@ -28,4 +34,4 @@ async def readyz(gateway: Gateway) -> Response[dict[str, Any]]:
     return Response({"ready": ready, "checks": results}, status_code=200 if ready else 503)
 
 
-ROUTES = [ping, healthz, readyz]
+ROUTES = [ping, root, healthz, readyz]
