@@ -38,7 +38,7 @@ log = logs.get_logger(__name__)
 
 OPEN_PATHS = ("/healthz", "/readyz", "/docs", "/api", "/asyncapi")
 """Served without an API key: health for orchestrators, and the public description of the API."""
-ALWAYS = (*OPEN_PATHS, "/ping")
+ALWAYS = (*OPEN_PATHS, "/", "/ping")
 """Served while the servers behind are still waited for."""
 
 Asgi = Callable[[Any, Any, Any], Awaitable[None]]
@@ -217,8 +217,11 @@ class Gate:
         scope.setdefault("state", {})["correlation_id"] = correlation_id
         logs.bind(correlation_id)
         send = self._with_headers(send, correlation_id)
+        if scope["method"] == "HEAD":
+            scope, send = {**scope, "method": "GET"}, _without_body(send)
         path = scope["path"].rstrip("/") or "/"
-        if scope["method"] == "OPTIONS" and self._cors_origin:
+        if scope["method"] == "OPTIONS" and self._cors_origin and b"x-api-key" not in headers:
+            # A browser asks beforehand, with no header of the request to come.
             await _answer(send, 204, b"")
         elif path not in OPEN_PATHS and not check_api_key(
             headers.get(b"x-api-key"), self._settings.api_key_sha256
@@ -251,10 +254,28 @@ class Gate:
 
         async def with_headers(message: Any) -> None:
             if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message.get("headers", []), *extra]}
+                given = map(_allowing_head, message.get("headers", []))
+                message = {**message, "headers": [*given, *extra]}
             await send(message)
 
         return with_headers
+
+
+def _allowing_head(header: tuple[bytes, bytes]) -> tuple[bytes, bytes]:
+    """`Allow` as Litestar makes it knows nothing of HEAD."""
+    name, value = header
+    return (name, value.replace(b"GET", b"GET, HEAD")) if name.lower() == b"allow" else header
+
+
+def _without_body(send: Any) -> Any:
+    """For HEAD: the start of what GET answers. A stream of events is over with it, too."""
+
+    async def without_body(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            await send(message)
+            await send({"type": "http.response.body", "body": b""})
+
+    return without_body
 
 
 async def _refuse(

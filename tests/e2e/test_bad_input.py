@@ -479,10 +479,29 @@ def test_a_too_long_idempotency_key_is_refused(api: StrictClient) -> None:
 def test_wrong_methods_are_405_on_every_path(api: StrictClient) -> None:
     paths = description(api.url).document["paths"]
     for path, methods in paths.items():
-        for method in {"get", "post", "put", "delete", "patch"} - set(methods):
-            response = api.request(method.upper(), path.replace("{", "").replace("}", ""))
+        url = path.replace("{", "").replace("}", "")
+        allowed = {method for method in methods if not method.startswith("x-")} | {"options"}
+        if "get" in allowed:
+            allowed.add("head")
+        for method in {"get", "post", "put", "delete", "patch"} - allowed:
+            response = api.request(method.upper(), url)
             assert response.status_code == 405, f"{method} {path}"
-            assert set(response.headers["allow"].lower().split(", ")) >= set(methods)
+            assert set(response.headers["allow"].lower().split(", ")) == allowed
+        asked = api.http.options(api.url + url, headers=api.headers)
+        assert set(asked.headers["allow"].lower().split(", ")) == allowed
+
+
+def test_head_is_get_without_its_body(api: StrictClient) -> None:
+    for path in ("/ping", "/healthz", "/api", "/roles", "/inferences?per_page=1", "/checkpoints/x"):
+        head = api.http.head(api.url + path, headers=api.headers)
+        got = api.http.get(api.url + path, headers=api.headers)
+        assert (head.status_code, head.content) == (got.status_code, b"")
+        assert head.headers["content-type"] == got.headers["content-type"]
+        assert int(head.headers["content-length"]) == len(got.content)
+    stream = api.http.head(api.url + "/events", headers=api.headers)
+    assert stream.headers["content-type"].startswith("text/event-stream"), "and it has ended"
+    assert api.http.head(api.url + "/auth/token", headers=api.headers).status_code == 405
+    assert api.http.head(api.url + "/roles").status_code == 403
 
 
 def test_a_too_large_body_is_413(api: StrictClient) -> None:
