@@ -30,6 +30,8 @@ from shared.contracts.models import Checkpoint
 
 TOKEN_PREFIX = "dkr_"
 EVERYONE = "*"
+MIN_PASSWORD = 8
+"""Characters."""
 HASHER = PasswordHasher(time_cost=2, memory_cost=19_456, parallelism=1)
 """argon2id as OWASP recommends it: 19 MiB, two passes. Whoever makes a first user hashes alike, so
 that the time of a log-in does not tell who exists."""
@@ -113,6 +115,14 @@ def check_name_is_free(name: str, taken: Collection[str]) -> None:
     """Checkpoints list users and roles side by side: one name must not mean both, or everyone."""
     if name == EVERYONE or name in taken:
         raise ApiError(400, f'"{name}" already means something else here; choose another name')
+
+
+def check_password(password: str, *, esd_compat: bool) -> None:
+    """Clients of ESD may choose any that is not empty."""
+    if len(password) < MIN_PASSWORD and not esd_compat:
+        raise ApiError(
+            400, f"password: got {len(password)} characters, allowed are {MIN_PASSWORD} or more"
+        )
 
 
 class Authenticator:
@@ -199,6 +209,23 @@ class Authenticator:
             return HASHER.verify(encoded, password)
         except (VerificationError, InvalidHashError):
             return False
+
+    def stand_in_for_password(self, username: str) -> str:
+        """The ESD profile: what is shown instead of a user's password. Its clients build log-ins of
+        their own from it, so it must be another one for each user, and nobody's guess; it follows
+        from the deployment's secret, and changes with the password."""
+        credential = self._directory.credentials.get(username)
+        text = f"shown for {username}\n{credential.password_hash if credential else ''}"
+        return hmac.new(self._secret.encode(), text.encode(), hashlib.sha256).hexdigest()[:32]
+
+    def find_kept_hash(self, username: str, password: str) -> str | None:
+        """The hash of the password that a user has, if what is given is what was shown instead of
+        it: a client that changes a user's roles sends back what it was shown."""
+        credential = self._directory.credentials.get(username)
+        shown = self.stand_in_for_password(username)
+        if credential and hmac.compare_digest(shown.encode(), password.encode()):
+            return credential.password_hash
+        return None
 
     async def hash_password(self, password: str) -> str:
         async with _hashing:

@@ -7,10 +7,17 @@ proving it, so with this profile whoever holds the API key can act as any user. 
 - the person: base16 of the username as bearer token, or a `username` header, or with the API key
   alone the user that the body or the job names, or an administrator where ESD asks for nobody
 - keys that the original ignores are ignored; missing ones are named in the original's words
-- GET /checkpoints also shows `checkpoints` beside `data`
-- creating a role or user that exists updates it; `initial` makes the first user of an empty place
+- GET /checkpoints also shows `checkpoints` beside `data`; `username` there means what that user may
+  use, not what they made
+- GET /inferences without a page is the whole list; a job that waits for its start has no nulls
+- creating a role or user that exists updates it; `initial` makes the first user of an empty place,
+  and does nothing where there is an administrator; a password may have any length but 0
+- GET /users?show_password=1 has a text of its own for each user, which is no password here; sent
+  back by POST /users, it leaves the password as it is
 - DELETE /endpoints takes `endpoint_name_list`; names get the prefix `esd-async-`, `esd-real-time-`
-- POST /inferences takes `payload_string`: the params inline, started at once
+  (DARKROOM_ENDPOINT_PREFIX says another word than `esd`)
+- POST /inferences takes `payload_string`: the params inline, started at once; it refuses a job that
+  no endpoint could do, and passes over unknown `models` of jobs that paint nothing
 """
 
 from __future__ import annotations
@@ -20,7 +27,9 @@ import re
 from typing import Any
 
 from litestar import Request
+from msgspec.structs import replace
 
+from services.gateway.schemas import InferenceView
 from shared.logs import get_logger
 
 log = get_logger(__name__)
@@ -32,7 +41,7 @@ HEADERS = {
     "x-api-version": API_VERSION,
     "Access-Control-Allow-Origin": "*",
     "Access-Control-Allow-Headers": "*",
-    "Access-Control-Allow-Methods": "OPTIONS,POST,GET,PUT,DELETE",
+    "Access-Control-Allow-Methods": "OPTIONS,POST,GET,HEAD,PUT,DELETE",
 }
 
 
@@ -75,14 +84,40 @@ def claims_administrator(request: Request[Any, Any, Any]) -> bool:
     return bool(request.scope["state"].get("claims_administrator"))
 
 
+def asks_for_passwords(show_password: str | None) -> bool:
+    """`show_password=True`, as Python writes it, or `1`."""
+    return (show_password or "").lower() not in ("", "0", "false")
+
+
+def asks_for_all(request: Request[Any, Any, Any]) -> bool:
+    """Whether a list of jobs is to be whole, as in 1.4, which knew no pages; `limit=-1` is how its
+    clients said so."""
+    query = request.query_params
+    paging = ("page", "per_page", "limit", "exclusive_start_key")
+    return query.get("limit") == "-1" or not any(query.get(name) for name in paging)
+
+
+def as_texts(job: InferenceView) -> InferenceView:
+    """ESD knows when a job starts, and where, from its creation on; what is not known here yet is
+    said without a null."""
+    names = ("instance_type", "endpoint_id", "endpoint_name")
+    places = [f"sagemaker_inference_{name}" for name in names]
+    texts = {place: getattr(job.params, place) or "" for place in places}
+    return replace(
+        job,
+        startTime=job.startTime or job.createTime,
+        params=replace(job.params, **texts),
+    )
+
+
 _MISSING = re.compile(r"Object missing required field `([^`]+)`")
-_TOO_SHORT = re.compile(r"Expected `(str|array)` of length >= (\d+)")
+_EMPTY = re.compile(r"Expected `(str|array)` of length >= 1\b")
 
 
 def phrase(message: str) -> str:
     """A validation message in the words of the original's validator."""
     if found := _MISSING.search(message):
         return f'object has missing required properties (["{found[1]}"])'
-    if found := _TOO_SHORT.search(message):
-        return f"{message} (length: 0, required minimum: {found[2]})"
+    if _EMPTY.search(message):
+        return f"{message} (length: 0, required minimum: 1)"
     return message

@@ -22,6 +22,7 @@ Permission = Annotated[
         pattern=r"^(train|checkpoint|inference|sagemaker_endpoint|user|role):(all|create|list)\Z",
     ),
 ]
+Password = Annotated[str, Meta(min_length=1, max_length=1024)]
 Count = Annotated[str, Meta(pattern=r"^[0-9]{1,4}\Z")] | Annotated[int, Meta(ge=0, le=9999)]
 """ESD clients send counts as strings or integers."""
 
@@ -39,6 +40,10 @@ InferenceType = Literal["Async", "Real-time"]
 TaskType = Literal["txt2img", "img2img", "rembg", "extra-single-image"]
 """`extra-single-image` enlarges a picture, by an `Upscaler` or without any model."""
 NOT_APPLICABLE = "not_applicable"
+
+
+class Empty(Struct, frozen=True):
+    """`{}`"""
 
 
 class Message(Struct, frozen=True):
@@ -90,10 +95,11 @@ class Roles(Struct, frozen=True, kw_only=True):
 
 
 class CreateUserBody(Struct, frozen=True, kw_only=True):
-    """`permissions` are the user's own, beside those of the roles. `initial`: ESD profile only."""
+    """`permissions` are the user's own, beside those of the roles. `password` has at least 8
+    characters, in the ESD profile 1. `initial`: ESD profile only."""
 
     username: Name
-    password: Annotated[str, Meta(min_length=8, max_length=1024)]
+    password: Password
     roles: Annotated[list[Name], Meta(max_length=100)] = []
     creator: str = ""
     permissions: Annotated[list[Permission], Meta(max_length=100)] = []
@@ -101,11 +107,12 @@ class CreateUserBody(Struct, frozen=True, kw_only=True):
 
 
 class ChangeUserBody(Struct, frozen=True, kw_only=True):
-    """What is left out stays as it is. A new password ends the user's access tokens."""
+    """What is left out stays as it is. A new password, of at least 8 characters, ends the user's
+    access tokens."""
 
     roles: Annotated[list[Name], Meta(max_length=100)] | None = None
     permissions: Annotated[list[Permission], Meta(max_length=100)] | None = None
-    password: Annotated[str, Meta(min_length=8, max_length=1024)] | None = None
+    password: Password | None = None
 
 
 class DeleteUsersBody(Struct, frozen=True, kw_only=True):
@@ -113,6 +120,8 @@ class DeleteUsersBody(Struct, frozen=True, kw_only=True):
 
 
 class UserView(Struct, frozen=True, kw_only=True):
+    """`password`: never the password, which is stored as a hash."""
+
     username: str
     roles: list[str]
     creator: str
@@ -131,7 +140,7 @@ class Users(Struct, frozen=True, kw_only=True):
 
 class LogInBody(Struct, frozen=True, kw_only=True):
     username: Annotated[str, Meta(min_length=1, max_length=128)]
-    password: Annotated[str, Meta(min_length=1, max_length=1024)]
+    password: Password
 
 
 class AccessToken(Struct, frozen=True, kw_only=True):
@@ -444,11 +453,15 @@ class InferenceView(Struct, frozen=True, kw_only=True):
 
 
 class Inferences(Struct, frozen=True, kw_only=True):
+    """`last_evaluated_key`: what to send as `exclusive_start_key` for those that follow; null when
+    none do."""
+
     page: int
     per_page: int
     pages: int
     total: int
     inferences: list[InferenceView]
+    last_evaluated_key: str | None = None
 
 
 def count(value: int | str) -> int:

@@ -24,7 +24,8 @@ class Settings(ServiceSettings, frozen=True, kw_only=True):
     esd_compat: bool = False
     """The ESD compatibility profile, see compat.py."""
     endpoint_prefix: str = ""
-    """`esd` names endpoints `esd-async-NAME`; empty leaves names as they are given."""
+    """`sd` names endpoints `sd-async-NAME`; empty leaves names as they are given, in the profile it
+    is `esd`."""
     cors_origin: str = ""
     metrics_port: int = 0
     """Where `/metrics` is, and `/workers` for their discovery; not on the port of the API, whose

@@ -78,12 +78,15 @@ class Views:
         *,
         page: int,
         per_page: int,
-        username: str | None,
+        creator: str | None,
+        user: Person | None,
         types: list[str] | None,
         status: list[str] | None,
         roles: list[str] | None,
     ) -> tuple[list[Checkpoint], int]:
-        """One page of those that the person may use, newest first, and how many there are."""
+        """One page of those that the person may use, and the `user` as well if there is one, newest
+        first, and how many there are."""
+        user = user or person
         rows = await self._pool.fetch(
             """
             SELECT state::text AS state, count(*) OVER () AS total FROM aggregates
@@ -93,16 +96,20 @@ class Views:
                 AND ($5::text[] IS NULL OR state->>'type' = ANY($5))
                 AND ($6::text[] IS NULL OR state->>'status' = ANY($6))
                 AND ($7::text[] IS NULL OR state->'allowed_roles_or_users' ?| $7)
+                AND ($8 OR state->>'creator' = $9 OR state->'allowed_roles_or_users' ?| $10)
             ORDER BY state->>'created_at' DESC, id
-            LIMIT $8 OFFSET $9
+            LIMIT $11 OFFSET $12
             """,
             person.is_administrator,
             person.username,
             [EVERYONE, person.username, *person.roles],
-            username,
+            creator,
             types,
             status,
             roles,
+            user.is_administrator,
+            user.username,
+            [EVERYONE, user.username, *user.roles],
             per_page,
             (page - 1) * per_page,
         )
@@ -111,7 +118,8 @@ class Views:
                 person,
                 page=1,
                 per_page=1,
-                username=username,
+                creator=creator,
+                user=user,
                 types=types,
                 status=status,
                 roles=roles,
@@ -132,15 +140,18 @@ class Views:
     async def list_jobs(
         self,
         *,
-        page: int,
-        per_page: int,
+        limit: int | None,
+        offset: int,
+        after: tuple[str, str] | None,
         owner: str | None,
         status: list[str] | None,
         task_type: list[str] | None,
         inference_type: str | None,
         endpoint_name: str | None,
     ) -> tuple[list[Job], int]:
-        """One page, newest first, and how many there are."""
+        """Newest first, and how many there are. `limit`: None for all of them; `after`: the
+        `place_of` the last one that is known."""
+        created_at, job_id = after or (None, None)
         rows = await self._pool.fetch(
             """
             SELECT state::text AS state, count(*) OVER () AS total FROM aggregates
@@ -150,30 +161,39 @@ class Views:
                 AND ($3::text[] IS NULL OR state->>'task_type' = ANY($3))
                 AND ($4::text IS NULL OR state->>'inference_type' = $4)
                 AND ($5::text IS NULL OR state->>'endpoint_name' = $5)
+                AND ($6::text IS NULL OR state->>'created_at' < $6
+                    OR state->>'created_at' = $6 AND id > $7)
             ORDER BY state->>'created_at' DESC, id
-            LIMIT $6 OFFSET $7
+            LIMIT $8 OFFSET $9
             """,
             owner,
             status,
             task_type,
             inference_type,
             endpoint_name,
-            per_page,
-            (page - 1) * per_page,
+            created_at,
+            job_id,
+            limit,
+            offset,
         )
-        if not rows and page > 1:
+        total = rows[0]["total"] if rows else 0
+        if after or (offset and not rows):  # the count is of the rows that follow
             _, total = await self.list_jobs(
-                page=1,
-                per_page=1,
+                limit=1,
+                offset=0,
+                after=None,
                 owner=owner,
                 status=status,
                 task_type=task_type,
                 inference_type=inference_type,
                 endpoint_name=endpoint_name,
             )
-            return [], total
-        total = rows[0]["total"] if rows else 0
         return [_job.decode(row["state"]) for row in rows], total
+
+
+def place_of(job: Job) -> tuple[str, str]:
+    """Where it stands among the jobs, however many come before it later."""
+    return msgspec.to_builtins(job.created_at), job.job_id
 
 
 def role_view(role: Role) -> schemas.RoleView:

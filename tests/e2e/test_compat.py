@@ -4,7 +4,9 @@ client of ESD 1.4 to 1.6 would try it, and that without the profile none of it h
 from __future__ import annotations
 
 import base64
+import io
 import json
+import math
 import secrets
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -12,6 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
+from PIL import Image
 
 from deploy.local import processes
 from deploy.local.stack import Stack
@@ -47,6 +50,14 @@ def esd(gateway: str, stack: Stack) -> EsdClient:
 
 
 @pytest.fixture(scope="module")
+def pool(api: StrictClient) -> Iterator[str]:
+    """An Async endpoint whose worker starts while the first tests run."""
+    name = api.create_endpoint(unique("pool"))["endpoint_name"]
+    yield name
+    api.call("DELETE", "/endpoints", {"delete_endpoint_list": [name]})
+
+
+@pytest.fixture(scope="module")
 def plain(api: StrictClient, stack: Stack) -> EsdClient:
     """The same client at a gateway without the profile."""
     return EsdClient(api.url, stack.installation.secrets.api_key)
@@ -65,7 +76,7 @@ def create_job(client: StrictClient, **more: object) -> str:
     return str(answer.json()["data"]["inference"]["id"])
 
 
-def test_it_is_announced_and_off_by_default(stack: Stack, gateway: str) -> None:
+def test_it_is_announced_and_off_by_default(stack: Stack, gateway: str, pool: str) -> None:
     port = gateway.rpartition(":")[2]
     warning = "esd_compatibility_profile_is_on"
     assert warning in stack.installation.log(f"gateway-{port}").read_text()
@@ -119,14 +130,16 @@ def test_a_named_person_has_no_more_than_their_permissions(
 def test_with_the_api_key_alone_it_is_whom_the_body_or_the_job_names(
     esd: EsdClient, plain: EsdClient, api: StrictClient
 ) -> None:
-    designer = api.add_person("Designer").username
-    job_id = create_job(esd, user_id=designer)
+    person = api.add_person("Designer")
+    designer, job_id = person.username, create_job(person)
     job = esd.request("GET", f"/inferences/{job_id}").json()["data"]
     assert job["owner_group_or_role"] == [designer]
     refused = esd.request("PUT", f"/inferences/{job_id}/start")
     assert refused.status_code == 400
     assert refused.json()["message"] == f'no available Async endpoints for user "{designer}"'
     assert esd.request("POST", "/inferences", JOB).status_code == 401, "nobody is named"
+    named = esd.request("POST", "/inferences", {**JOB, "user_id": designer})
+    assert named.json() == refused.json(), "at once, since nobody could do it"
     listed = esd.request("GET", f"/inferences?username={designer}").json()["data"]
     assert [one["InferenceJobId"] for one in listed["inferences"]] == [job_id]
     for method, path, body in (
@@ -221,10 +234,6 @@ def test_creating_what_exists_updates_it(esd: EsdClient, api: StrictClient) -> N
     assert wrong.json()["message"] == 'user roles "Painter" not exist'
     default = admin.request("DELETE", "/roles", {"role_name_list": ["Designer"]})
     assert "cannot delete default role" in default.json()["message"]
-    assert (
-        admin.request("GET", "/users?show_password=1").json()["data"]["users"][0]["password"]
-        == "********"
-    )
     nobody = admin.request("GET", "/checkpoints?username=nobody")
     assert nobody.json()["message"] == 'user: "nobody" not exist'
     admin.call("DELETE", "/users", {"user_name_list": [name, "nobody"]})
@@ -268,27 +277,185 @@ def test_endpoints_get_their_prefix_and_go_by_either_list(
     assert api.find_endpoint(full) is None
 
 
-def test_params_may_come_with_the_request(esd: EsdClient, api: StrictClient) -> None:
-    """There is no endpoint here: that the job is there with its params, and that it was tried to
-    start it, is what can be seen."""
-    designer = api.add_person("Designer")
-    params = '{"input_image": "x", "s_tmax": Infinity}'
-    body = {**JOB, "user_id": designer.username, "payload_string": params}
-    answer = esd.request("POST", "/inferences", body)
-    assert answer.status_code == 400
-    assert "no available Async endpoints" in answer.json()["message"]
-    (job,) = designer.call("GET", "/inferences")["data"]["inferences"]
-    uploaded = api.download(job["params"]["input_body_presign_url"])
-    assert uploaded == params.encode()
+def picture() -> str:
+    """4x2 pixels, in base64."""
+    png = io.BytesIO()
+    Image.new("RGB", (4, 2), "red").save(png, "PNG")
+    return base64.b64encode(png.getvalue()).decode()
+
+
+def test_params_may_come_with_the_request(
+    esd: EsdClient, plain: EsdClient, api: StrictClient, pool: str
+) -> None:
+    designer, admin = api.add_person("Designer"), esd.as_14("admin")
+    params = json.dumps({"image": picture(), "upscaler_1": "Lanczos", "s_tmax": math.inf})
+    body = {**JOB, "task_type": "extra-single-image", "payload_string": params}
+    del body["models"]
+    nobody = esd.request("POST", "/inferences", {**body, "user_id": designer.username})
+    assert nobody.status_code == 400
+    assert "no available Async endpoints" in nobody.json()["message"]
+    for wrong in ("string", "x" * 3_000_000, "[" * 100_000, ""):
+        refused = admin.request("POST", "/inferences", {**body, "payload_string": wrong})
+        assert refused.status_code == 400
+        assert refused.json()["message"] == "payload_string must be valid json string"
+    assert designer.call("GET", "/inferences")["data"]["inferences"] == [], "nothing was created"
     large = {**body, "payload_string": "x" * 3_000_000}
-    assert esd.request("POST", "/inferences", large).status_code == 400
     assert api.request("POST", "/inferences", large).status_code == 413
     assert designer.request("POST", "/inferences", body).status_code == 400
+    api.wait_for_endpoint(pool)
+    for more in ({}, {"models": {"Stable-diffusion": ["unknown.safetensors"], "embeddings": []}}):
+        started = admin.request("POST", "/inferences", {**body, **more})
+        assert started.status_code == 202
+        job = api.wait_for_job(started.json()["data"]["inference"]["inference_id"])
+        assert (job["status"], job["image_names"]) == ("succeed", ["image_0.png"])
+        sizes = [Image.open(io.BytesIO(api.download(u))).size for u in job["img_presigned_urls"]]
+        assert sizes == [(8, 4)]
+        assert api.download(job["params"]["input_body_presign_url"]) == params.encode()
+    strict = {key: value for key, value in {**body, **more}.items() if key != "payload_string"}
+    assert api.request("POST", "/inferences", strict).status_code == 404
+    painting = {**strict, "task_type": "txt2img"}
+    assert admin.request("POST", "/inferences", painting).status_code == 404
 
 
-def test_initial_makes_the_first_user_of_an_empty_place_and_no_other(esd: EsdClient) -> None:
-    first = {"username": "first", "password": "long enough", "creator": "first", "initial": True}
-    assert esd.request("POST", "/users", first).status_code == 400
+def test_what_is_not_known_yet_of_a_job_is_no_null(esd: EsdClient, api: StrictClient) -> None:
+    id_ = create_job(api)
+    job = esd.request("GET", f"/inferences/{id_}").json()["data"]
+    assert job["startTime"] == job["createTime"]
+    for name in ("endpoint_id", "endpoint_name", "instance_type"):
+        assert job["params"][f"sagemaker_inference_{name}"] == ""
+    assert api.get_job(id_)["startTime"] is None
+
+
+def test_lists_of_jobs_are_whole_or_go_on_after_a_key(esd: EsdClient, api: StrictClient) -> None:
+    person = api.add_person("Designer")
+    ids = [create_job(person) for _ in range(12)]
+    ids.append(create_job(person, task_type="extra-single-image"))
+    ids.reverse()
+
+    def listed(query: str, client: StrictClient = esd) -> tuple[list[str], str | None]:
+        answer = client.request("GET", f"/inferences?username={person.username}&{query}")
+        data = answer.json()["data"]
+        assert data["total"] == (12 if "type=rembg" in query else 13)
+        return [job["InferenceJobId"] for job in data["inferences"]], data["last_evaluated_key"]
+
+    for query in ("", "limit=-1", "exclusive_start_key="):
+        assert listed(query) == (ids, None)
+    assert listed("per_page=3")[0] == ids[:3]
+    assert listed("", person)[0] == ids[:10]
+    shown, key = listed("limit=7&type=rembg")
+    assert shown == ids[1:8]
+    newer = create_job(person, task_type="extra-single-image")
+    person.call("DELETE", "/inferences", {"inference_id_list": [newer, shown[-1]]})
+    create_job(person, task_type="extra-single-image")
+    ids.remove(shown[-1])
+    data = esd.request(
+        "GET",
+        f"/inferences?username={person.username}&limit=7&type=rembg&exclusive_start_key={key}",
+    ).json()["data"]
+    assert [job["InferenceJobId"] for job in data["inferences"]] == ids[7:]
+    assert (data["total"], data["last_evaluated_key"]) == (11, None)
+    for query in ("limit=0", "limit=-2", "limit=x", "exclusive_start_key=x"):
+        assert esd.request("GET", f"/inferences?{query}").status_code == 400
+
+
+def test_lists_of_a_user_hold_what_that_user_may_use(esd: EsdClient, api: StrictClient) -> None:
+    role, name = unique("role"), unique("e")
+    api.call("POST", "/roles", {"role_name": role, "permissions": ["checkpoint:list"]})
+    person, stranger = api.add_person(role), api.add_person("Designer")
+    ids = []
+    for allowed in (["*"], [role], [person.username], ["IT Operator"]):
+        body = {
+            "checkpoint_type": "VAE",
+            "filenames": [{"filename": unique("seen")}],
+            "allowed_roles_or_users": allowed,
+        }
+        ids.append(api.call("POST", "/checkpoints", body)["data"]["checkpoint"]["id"])
+
+    def listed(who: str, query: str) -> set[str]:
+        answer = esd.named(who, "GET", f"/checkpoints?per_page=1000&{query}").json()["data"]
+        return {one["id"] for one in answer["checkpoints"]} & set(ids)
+
+    assert listed("admin", f"username={person.username}") == set(ids[:3])
+    assert listed("admin", "") == listed("admin", "username=admin") == set(ids)
+    assert listed(stranger.username, f"username={person.username}") == {ids[0]}
+    assert listed(stranger.username, "username=admin") == {ids[0]}
+    mine = api.call("GET", f"/checkpoints?username={person.username}")["data"]
+    assert mine["total"] == 0, "without the profile: what they made"
+    endpoint = api.create_endpoint(name, roles=(role,))["endpoint_name"]
+    for username, seen in ((person.username, True), (stranger.username, False)):
+        found = esd.named("admin", "GET", f"/endpoints?username={username}").json()["data"]
+        assert (endpoint in [e["endpoint_name"] for e in found["endpoints"]]) is seen
+    nobody = esd.named("admin", "GET", "/endpoints?username=nobody")
+    assert nobody.status_code == 400
+    assert nobody.json()["message"] == 'user: "nobody" not exist'
+    api.call("DELETE", "/endpoints", {"delete_endpoint_list": [endpoint]})
+    api.call("DELETE", "/checkpoints", {"checkpoint_id_list": ids})
+
+
+def test_passwords_are_as_short_as_clients_choose_them(esd: EsdClient, api: StrictClient) -> None:
+    admin, name = esd.as_14("admin"), unique("user")
+    user = {"username": name, "password": "x", "roles": ["Designer"]}
+    refused = api.request("POST", "/users", {**user, "password": "seven77"})
+    assert refused.json()["message"] == "password: got 7 characters, allowed are 8 or more"
+    assert admin.request("POST", "/users", user).status_code == 201
+    login = {"username": name, "password": "x"}
+    assert api.request("POST", "/auth/token", login).status_code == 200
+    short = api.request("PUT", f"/users/{name}", {"password": "x"})
+    assert short.json()["message"] == "password: got 1 characters, allowed are 8 or more"
+    empty = admin.request("POST", "/users", {**user, "password": ""})
+    assert empty.json()["message"].endswith("(length: 0, required minimum: 1)")
+
+
+def test_instead_of_a_password_a_text_is_shown_that_opens_nothing(
+    esd: EsdClient, api: StrictClient
+) -> None:
+    admin, names = esd.as_14("admin"), [unique("user"), unique("user")]
+    for name in names:
+        user = {"username": name, "password": "the same for both", "roles": ["Designer"]}
+        assert admin.request("POST", "/users", user).status_code == 201
+
+    def shown(query: str, client: StrictClient = admin) -> list[str]:
+        users = client.call("GET", f"/users?{query}")["data"]["users"]
+        passwords = {user["username"]: user["password"] for user in users}
+        return [passwords[name] for name in names]
+
+    for query in ("", "show_password=0", "show_password=False"):
+        assert shown(query) == ["********"] * 2
+    assert shown("show_password=1", api) == ["********"] * 2
+    texts = shown("show_password=1")
+    assert texts == shown("show_password=True")
+    assert texts[0] != texts[1]
+    for name, text in zip(names, texts, strict=True):
+        assert len(text) >= 32
+        login = {"username": name, "password": text}
+        assert api.request("POST", "/auth/token", login).status_code == 401
+    sent_back = {"username": names[0], "password": texts[0], "roles": ["IT Operator"]}
+    assert admin.request("POST", "/users", sent_back).status_code == 201
+    login = {"username": names[0], "password": "the same for both"}
+    assert api.request("POST", "/auth/token", login).status_code == 200, "it stays what it was"
+    (user,) = api.call("GET", f"/users?username={names[0]}")["data"]["users"]
+    assert user["roles"] == ["IT Operator"]
+    another = {"username": names[0], "password": texts[1], "roles": ["IT Operator"]}
+    assert admin.request("POST", "/users", another).status_code == 201
+    assert api.request("POST", "/auth/token", login).status_code == 401, "no text of this user's"
+    assert shown("show_password=1")[0] != texts[0]
+
+
+def test_initial_makes_the_first_user_of_an_empty_place_and_no_other(
+    esd: EsdClient, plain: EsdClient, api: StrictClient
+) -> None:
+    first: dict[str, Any] = {"username": "first", "password": "1", "creator": "first"}
+    first["initial"] = True
+    takeover = {**first, "username": "admin", "roles": []}
+    before = api.call("GET", "/users")
+    for body in (first, takeover):
+        connected = esd.named(body["username"], "POST", "/users", body)
+        assert (connected.status_code, connected.json()["message"]) == (201, "Created")
+    assert api.call("GET", "/users") == before, "nothing has changed"
+    assert api.request("GET", "/roles").status_code == 200, "nor has the password"
+    login = {"username": "admin", "password": "1"}
+    assert api.request("POST", "/auth/token", login).status_code == 401
+    assert plain.request("POST", "/users", first).status_code == 400
     with Stack.temporary(services=False) as empty, ExitStack() as running:
         table = {p.name: p for p in processes.table(empty.installation, {})}
         without_admin = {"DARKROOM_ADMIN_PASSWORD_HASH": "", "DARKROOM_ESD_COMPAT": "true"}
@@ -303,5 +470,5 @@ def test_initial_makes_the_first_user_of_an_empty_place_and_no_other(esd: EsdCli
         assert "user:all" in users[0]["permissions"]
         assert {"IT Operator", "Designer", "byoc"} == set(users[0]["roles"])
         second = {**first, "username": "second"}
-        assert client.request("POST", "/users", second).status_code == 400
+        assert client.request("POST", "/users", second).status_code == 201
         assert "second" not in json.dumps(client.as_14("first").call("GET", "/users"))

@@ -8,7 +8,7 @@ from litestar import Request, Response, delete, get, post, put
 from litestar.openapi.datastructures import ResponseSpec
 
 from services.gateway import compat
-from services.gateway.auth import EVERYONE, Person
+from services.gateway.auth import EVERYONE, Person, person_of
 from services.gateway.errors import ApiError
 from services.gateway.projections import is_settled
 from services.gateway.routes.answers import READ_ONE, WRITE, WRITE_ONE
@@ -59,16 +59,20 @@ async def list_checkpoints(
     status: list[str] | None = None,
     roles: list[str] | None = None,
 ) -> ListedCheckpoints:
-    """The checkpoints that you may use, newest first."""
+    """The checkpoints that you may use, newest first; with `username` those that this user made,
+    in the ESD profile those that this user may use."""
     check_page(page, per_page)
     person = await gateway.authorize(request, "checkpoint:list")
-    if username is not None and username not in gateway.directory.users:
+    user = person_of(gateway.directory, username) if username else None
+    if username and user is None:
         raise ApiError(404, f'user: "{username}" not exist')
+    esd_compat = gateway.settings.esd_compat
     checkpoints, total = await gateway.views.list_checkpoints(
         person,
         page=page,
         per_page=per_page,
-        username=username,
+        creator=None if esd_compat else username or None,
+        user=user if esd_compat else None,
         types=list(types) if types else None,
         status=status,
         roles=roles,
@@ -83,7 +87,7 @@ async def list_checkpoints(
             total=total,
             checkpoints=items,
         ),
-        checkpoints=items if gateway.settings.esd_compat else msgspec.UNSET,
+        checkpoints=items if esd_compat else msgspec.UNSET,
     )
 
 

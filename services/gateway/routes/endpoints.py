@@ -7,12 +7,14 @@ from litestar.openapi.datastructures import ResponseSpec
 from msgspec import UNSET
 
 from services.gateway import compat
+from services.gateway.auth import person_of
 from services.gateway.errors import ApiError
 from services.gateway.routes.answers import READ, READ_ONE, WRITE
 from services.gateway.schemas import (
     Answer,
     CreateEndpointBody,
     DeleteEndpointsBody,
+    Empty,
     EndpointDetails,
     Endpoints,
     EndpointView,
@@ -27,10 +29,20 @@ from shared.contracts.endpoints import CreateEndpoint, DeleteEndpoints
 async def list_endpoints(
     request: Request[Any, Any, Any], gateway: Gateway, username: str | None = None
 ) -> Answer[Endpoints]:
-    """The endpoints that your roles may use, oldest first."""
+    """The endpoints that your roles may use, oldest first; with `username` those that this user
+    may use as well."""
     compat.claim(request, username)
-    person = await gateway.authorize(request, "sagemaker_endpoint:list")
-    endpoints = [e for e in await gateway.views.list_endpoints() if person.may_use_endpoint(e)]
+    people = [await gateway.authorize(request, "sagemaker_endpoint:list")]
+    if username:
+        user = person_of(gateway.directory, username)
+        if user is None:
+            raise ApiError(400, f'user: "{username}" not exist')
+        people.append(user)
+    endpoints = [
+        endpoint
+        for endpoint in await gateway.views.list_endpoints()
+        if all(person.may_use_endpoint(endpoint) for person in people)
+    ]
     return Answer(200, Endpoints(endpoints=[endpoint_view(endpoint) for endpoint in endpoints]))
 
 
@@ -135,7 +147,7 @@ def _full_name(gateway: Gateway, endpoint_type: str, name: str) -> str:
 )
 async def delete_endpoints(
     request: Request[Any, Any, Any], gateway: Gateway, data: DeleteEndpointsBody
-) -> Response[dict[str, str] | None]:
+) -> Response[Empty]:
     """Deletes endpoints and stops their workers. What does not exist is passed over."""
     names = data.delete_endpoint_list
     old_form = names is None and gateway.settings.esd_compat
@@ -152,7 +164,8 @@ async def delete_endpoints(
     # Only what was found and checked is passed on: what comes to be meanwhile was not.
     command = DeleteEndpoints(endpoint_names=[endpoint.endpoint_name for endpoint in found])
     await gateway.dispatcher.send(command, await gateway.ticket(request, person))
-    return Response(None, status_code=204) if old_form else Response({}, status_code=200)
+    answer: Any = None if old_form else Empty()
+    return Response(answer, status_code=204 if old_form else 200)
 
 
 ROUTES = [list_endpoints, get_endpoint, create_endpoint, delete_endpoints]

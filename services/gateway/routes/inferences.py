@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import asyncio
+import json
 from typing import Any, Literal
 
 from litestar import Request, Response, delete, get, post, put
@@ -8,7 +10,7 @@ from litestar.openapi.datastructures import ResponseSpec
 from services.gateway import compat
 from services.gateway.auth import Person
 from services.gateway.dispatch import Ticket
-from services.gateway.errors import ApiError
+from services.gateway.errors import ApiError, rejection
 from services.gateway.routes.answers import READ, READ_ONE, WRITE, WRITE_ONE
 from services.gateway.schemas import (
     Answer,
@@ -24,8 +26,8 @@ from services.gateway.schemas import (
     TaskType,
 )
 from services.gateway.state import Gateway, check_page
-from services.gateway.views import job_view, models_view, output_path
-from shared.contracts.endpoints import SERVING
+from services.gateway.views import job_view, models_view, output_path, place_of
+from shared.contracts.endpoints import SERVING, Endpoint
 from shared.contracts.inference import (
     FINISHED,
     CancelJob,
@@ -36,6 +38,7 @@ from shared.contracts.inference import (
     UsedModel,
 )
 from shared.contracts.models import Checkpoint
+from shared.errors import Rejected
 from shared.objects import params_key
 
 NOT_CHECKPOINTS = {"VAE": ("Automatic", "None")}
@@ -58,22 +61,36 @@ async def list_inferences(
     task_type: list[TaskType] | None = None,
     inference_type: InferenceType | None = None,
     endpoint_name: str | None = None,
+    type: TaskType | None = None,
+    limit: int | None = None,
+    exclusive_start_key: str | None = None,
 ) -> Answer[Inferences]:
-    """Your jobs, newest first; whoever manages users sees everybody's."""
+    """Your jobs, newest first; whoever manages users sees everybody's. Later clients of ESD ask for
+    one `type`, for at most `limit`, and go on after `exclusive_start_key`, which is the
+    `last_evaluated_key` of the answer before; in the ESD profile who asks for no page gets all."""
+    whole = gateway.settings.esd_compat and compat.asks_for_all(request)
+    if limit is not None and not whole:
+        per_page = limit
     check_page(page, per_page)
+    after = _place(exclusive_start_key) if exclusive_start_key else None
     compat.claim(request, username, or_administrator=True)
     person = await gateway.authorize(request, "inference:list")
-    if username is not None and not person.owns(username):
+    if username and not person.owns(username):
         raise ApiError(403, f'the jobs of "{username}" are not yours to list')
+    types: list[str] = [*(task_type or []), *([type] if type else [])]
     jobs, total = await gateway.views.list_jobs(
-        page=page,
-        per_page=per_page,
+        limit=None if whole else per_page,
+        offset=(page - 1) * per_page,
+        after=after,
         owner=username or (None if person.is_administrator else person.username),
         status=list(status) if status else None,
-        task_type=list(task_type) if task_type else None,
+        task_type=types or None,
         inference_type=inference_type,
         endpoint_name=endpoint_name,
     )
+    if whole:
+        per_page = max(1, total)
+    more = len(jobs) == per_page and not whole
     return Answer(
         200,
         Inferences(
@@ -81,9 +98,27 @@ async def list_inferences(
             per_page=per_page,
             pages=-(-total // per_page),
             total=total,
-            inferences=[_view(gateway, job) for job in jobs],
+            inferences=await _list_views(gateway, jobs),
+            last_evaluated_key="/".join(place_of(jobs[-1])) if more else None,
         ),
     )
+
+
+def _place(key: str) -> tuple[str, str]:
+    created_at, _, job_id = key.partition("/")
+    if not job_id:
+        raise ApiError(400, "exclusive_start_key: send the last_evaluated_key of an answer")
+    return created_at, job_id
+
+
+async def _list_views(gateway: Gateway, jobs: list[Job]) -> list[InferenceView]:
+    """The URLs of a long list take a while to sign: others get their turn in between."""
+    views = []
+    for number, job in enumerate(jobs, 1):
+        if number % 20 == 0:
+            await asyncio.sleep(0)
+        views.append(_view(gateway, job))
+    return views
 
 
 @post(
@@ -108,9 +143,13 @@ async def create_inference(
         raise ApiError(
             400, "payload_string: PUT the params to api_params_s3_upload_url, then start the job"
         )
+    if gateway.settings.esd_compat:
+        await _check_startable(gateway, person, data)
     if data.task_type in PAINTING and not data.models.get("Stable-diffusion"):
         raise ApiError(400, f'models: {data.task_type} needs {{"Stable-diffusion": ["NAME"]}}')
-    models, checkpoints = await _resolve(gateway, person, data.models)
+    # ESD looks at `models` for paintings only: what its clients name for others may be anything.
+    strict = data.task_type in PAINTING or not gateway.settings.esd_compat
+    models, checkpoints = await _resolve(gateway, person, data.models, strict=strict)
     ticket = await gateway.ticket(request, person)
     job_id = ticket.new_id()
     command = CreateJob(
@@ -139,10 +178,26 @@ async def create_inference(
     return Response(Answer(201, CreatedInference(inference=inference), "Created"), status_code=201)
 
 
+async def _check_startable(gateway: Gateway, person: Person, data: CreateInferenceBody) -> None:
+    """ESD profile: what ESD refuses when a job is created, and not when it is started. Raises
+    ApiError 400."""
+    if data.payload_string is not None:
+        try:
+            json.loads(data.payload_string)
+        except (ValueError, RecursionError):
+            raise ApiError(400, "payload_string must be valid json string") from None
+    if not await _list_usable_endpoints(gateway, person, data.inference_type):
+        refused = Rejected(
+            "inference.no_endpoint", inference_type=data.inference_type, username=person.username
+        )
+        raise rejection(refused.code, refused.message)
+
+
 async def _resolve(
-    gateway: Gateway, person: Person, names: dict[str, list[str]]
+    gateway: Gateway, person: Person, names: dict[str, list[str]], *, strict: bool
 ) -> tuple[list[UsedModel], list[Checkpoint]]:
-    """Names to checkpoints that the person may use. Raises ApiError 404 for one that is not."""
+    """Names to checkpoints that the person may use. Raises ApiError 404 for one that is not, if
+    `strict`; else it is left out."""
     models, checkpoints = [], []
     for type_, wanted in names.items():
         for name in wanted:
@@ -151,7 +206,9 @@ async def _resolve(
                 continue
             checkpoint = await gateway.views.find_checkpoint_by_name(type_, name, person)
             if checkpoint is None:
-                raise _no_checkpoint(name, type_)
+                if strict:
+                    raise _no_checkpoint(name, type_)
+                continue
             file = checkpoint.files[checkpoint.names.index(name)]
             models.append(
                 UsedModel(
@@ -212,13 +269,7 @@ def _no_checkpoint(name: str, type_: str) -> ApiError:
 
 async def _start(gateway: Gateway, person: Person, job: Job, ticket: Ticket) -> Response[Any]:
     await _check_models(gateway, person, job)
-    endpoints = [
-        endpoint
-        for endpoint in await gateway.views.list_endpoints()
-        if endpoint.endpoint_type == job.inference_type
-        and endpoint.endpoint_status in SERVING
-        and person.may_use_endpoint(endpoint)
-    ]
+    endpoints = await _list_usable_endpoints(gateway, person, job.inference_type)
     command = StartJob(
         job_id=job.job_id,
         username=person.username,
@@ -240,6 +291,18 @@ async def _start(gateway: Gateway, person: Person, job: Job, ticket: Ticket) -> 
     )
     answer = Answer(202, StartedInference(inference=inference), "Accepted")
     return Response(answer, status_code=202)
+
+
+async def _list_usable_endpoints(
+    gateway: Gateway, person: Person, inference_type: str
+) -> list[Endpoint]:
+    return [
+        endpoint
+        for endpoint in await gateway.views.list_endpoints()
+        if endpoint.endpoint_type == inference_type
+        and endpoint.endpoint_status in SERVING
+        and person.may_use_endpoint(endpoint)
+    ]
 
 
 async def _wait(gateway: Gateway, job_id: str) -> Job | None:
@@ -318,7 +381,8 @@ async def _get(gateway: Gateway, job_id: str) -> Job:
 
 
 def _view(gateway: Gateway, job: Job) -> InferenceView:
-    return job_view(job, gateway.objects, gateway.settings.presign_seconds)
+    view = job_view(job, gateway.objects, gateway.settings.presign_seconds)
+    return compat.as_texts(view) if gateway.settings.esd_compat else view
 
 
 def _not_found(job_id: str) -> ApiError:
