@@ -8,8 +8,10 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import torch
 from PIL import Image
 
+from services.inference.worker.pipelines import JobFailure
 from services.inference.worker.pipelines.library import Models
 from tests.unit.pipelines import small
 from tests.unit.pipelines.easel import CHECKPOINT, Done, Easel, Model, base64_of, job_of
@@ -96,3 +98,74 @@ def test_an_upscaler_is_told_by_the_webuis_name_for_it(easel: Easel, tmp_path: P
         {"image": base64_of(Image.new("RGB", (8, 8))), "upscaler_1": "R-ESRGAN 4x+"},
     )
     assert done.answer["receipt"]["weights"][0]["name"] == upscaler[1]
+
+
+# What is kept by its content, whatever it is called
+
+
+def test_an_embedding_acts_by_each_of_its_names(easel: Easel, tmp_path: Path) -> None:
+    path = small.write_embedding(tmp_path / "vectors")
+    done = {}
+    for word in ("zorb", "blub", "zorb (v2)"):
+        model: Model = ("embeddings", f"{word}.safetensors", path)
+        prompt = "a red " + word.replace("(", r"\(").replace(")", r"\)")
+        done[word] = easel.paint(model, prompt=prompt, steps=1)
+        assert weights_of(done[word]) == [(model[1], sha256_of(path))]
+        assert done[word].fields["TI hashes"] == f"{word}: {sha256_of(path)[:12]}"
+        assert done[word].rows != easel.paint(prompt=prompt, steps=1).rows
+    assert done["zorb"].rows == done["blub"].rows == done["zorb (v2)"].rows
+
+
+@pytest.mark.parametrize("prompt", ["a red zorbing <lora:zorb:1>", "a red circle", "a :zorb-less"])
+def test_an_embedding_that_no_text_names_has_no_part(
+    easel: Easel, loras: list[Path], tmp_path: Path, prompt: str
+) -> None:
+    wide = small.write(tmp_path / "wide", {"emb_params": torch.zeros(2, 768)})
+    foreign: Model = ("embeddings", "zorb.safetensors", wide)
+    named = [foreign, ("Lora", "zorb.safetensors", loras[0])]
+    if "less" in prompt:
+        with pytest.raises(JobFailure, match=f"zorb.safetensors does not fit {CHECKPOINT[1]}"):
+            easel.paint(*named, prompt=prompt, steps=1)
+        return
+    done = easel.paint(*named, prompt=prompt, steps=1)
+    assert foreign[1] not in [
+        one["name"] for one in done.answer["receipt"]["weights"] if one["type"] == "embeddings"
+    ]
+    assert "TI hashes" not in done.fields
+    assert "embeddings zorb.safetensors: not used (no prompt names it)" in done.warnings
+
+
+def test_an_embedding_is_used_where_a_text_of_the_second_pass_names_it(
+    easel: Easel, tmp_path: Path
+) -> None:
+    model: Model = ("embeddings", "zorb.safetensors", small.write_embedding(tmp_path / "vectors"))
+    hires = {"enable_hr": True, "hr_scale": 1.5, "denoising_strength": 0.7, "steps": 1}
+    for more in ({"hr_prompt": "a zorb"}, {"hr_negative_prompt": "zorb"}):
+        done = easel.paint(model, **hires, **more)
+        assert [name for name, _ in weights_of(done)] == [model[1]]
+        assert done.rows != easel.paint(**hires, **more).rows
+    changing = {"prompt": "a red [circle:zorb:2]", "sampler_name": "Euler"}
+    assert weights_of(easel.paint(model, **changing, steps=1)) == []
+    assert weights_of(easel.paint(model, **changing, steps=3)) != []
+
+
+def test_a_vae_is_that_of_the_checkpoint_that_it_is_used_with(easel: Easel, tmp_path: Path) -> None:
+    library = easel.engine.library
+    file = library.open(small.write_vae(tmp_path / "vae"), "vae")
+    config = small.demo_configs()["vae"]
+    vaes = [
+        library.vae(file, {**config, "scaling_factor": factor}) for factor in (0.25, 0.125, 0.25)
+    ]
+    assert [vae.config.scaling_factor for vae in vaes] == [0.25, 0.125, 0.25]
+    assert vaes[0] is vaes[2]
+
+
+def test_a_reason_has_the_names_of_its_own_job(
+    easel: Easel, loras: list[Path], tmp_path: Path
+) -> None:
+    wide = {"lora_unet_mid_block_attentions_0_attn2_to_k.lora_down.weight": torch.zeros(2, 768)}
+    lora = small.write(tmp_path / "lora", wide)
+    for name in ("mine", "yours"):
+        checkpoint: Model = (CHECKPOINT[0], f"{name}.safetensors", CHECKPOINT[2])
+        with pytest.raises(JobFailure, match=f"^{name}.pt does not fit {name}.safetensors"):
+            easel.paint(checkpoint, ("Lora", f"{name}.pt", lora), prompt=f"a <lora:{name}:1>")

@@ -678,6 +678,8 @@ def test_a_controlnet_that_shuffles_knows_no_places(
     model, path = checkpoints["SD 1.x"]
     file = tmp_path / "control_v11e_sd15_shuffle.safetensors"
     net = saved(model, file)
+    library = bench.engine.library
+    library.controlnet(library.open(file, "another name of it.safetensors"))
 
     def spread(output: Tensor) -> Tensor:
         return output.mean((2, 3), keepdim=True).expand_as(output)

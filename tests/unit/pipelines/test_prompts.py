@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,13 +17,13 @@ from services.inference.worker.pipelines import JobFailure
 from services.inference.worker.pipelines.models.checkpoints import Checkpoint
 from services.inference.worker.pipelines.models.components import TextEncoder
 from services.inference.worker.pipelines.models.embeddings import Embedding
-from services.inference.worker.pipelines.models.files import ModelFile
 from services.inference.worker.pipelines.prompts import encoding
 from services.inference.worker.pipelines.prompts.encoding import (
     Encodings,
     Words,
     cut_chunks,
     encode,
+    words_in,
 )
 from services.inference.worker.pipelines.prompts.syntax import (
     BadPrompt,
@@ -334,9 +333,8 @@ def tokenizer(random: Checkpoint) -> Any:
 PLAIN = Words()
 
 
-def embedding(folder: Path, word: str, vectors: Tensor) -> Embedding:
-    path = small.write(folder / f"{word}.safetensors", {"emb_params": vectors})
-    return Embedding(ModelFile(path, path.name))
+def embedding(vectors: Tensor) -> Embedding:
+    return Embedding({"emb_params": vectors}, "zorb.pt", vectors)
 
 
 def context_of(text: str, encoders: Sequence[TextEncoder], words: Words = PLAIN) -> Tensor:
@@ -373,17 +371,14 @@ def test_tokens_carry_the_attention_of_their_words(tokenizer: Any) -> None:
     assert chunk.weights == pytest.approx([1, 1.5, 1 / 1.1])
 
 
-def test_words_that_stand_for_vectors(tokenizer: Any, tmp_path: Path) -> None:
-    short, long = (
-        embedding(tmp_path, "zorb", torch.ones(3, 32)),
-        embedding(tmp_path, "zorb-xl", torch.ones(70, 32)),
-    )
-    words = Words(embeddings=[short, long])
+def test_words_that_stand_for_vectors(tokenizer: Any) -> None:
+    short, long = embedding(torch.ones(3, 32)), embedding(torch.ones(70, 32))
+    words = Words(embeddings={"zorb": short, "zorb-xl": long})
 
     def vectors(text: str) -> list[list[tuple[int, str]]]:
         chunks = cut_chunks(text, tokenizer, words)
         assert all(len(chunk.tokens) == len(chunk.weights) <= 75 for chunk in chunks)
-        return [[(at, e.word) for at, e in chunk.vectors] for chunk in chunks]
+        return [chunk.vectors for chunk in chunks]
 
     assert vectors("a zorb") == [[(1, "zorb")]]
     assert vectors("ZORB, zorb") == [[(0, "zorb"), (4, "zorb")]]
@@ -400,12 +395,43 @@ def test_words_that_stand_for_vectors(tokenizer: Any, tmp_path: Path) -> None:
     assert chunk.weights == [1.5] * 3
 
 
-def test_vectors_take_the_place_of_tokens(random: Checkpoint, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("word", "text", "there"),
+    [
+        ("zorb", "a zorb on a mat", True),
+        ("zorb", "ZORB", True),
+        ("zorb", "a zorb-like thing", True),
+        ("zorb", "(a zorb:1.2) AND [zorb]", True),
+        ("zorb", "zorb.safetensors", True),
+        ("zorb", "a zorbing cat", False),
+        ("zorb", "", False),
+        ("zorb (v2)", r"a zorb \(v2\)", True),
+        ("zorb (v2)", r"a (zorb \(v2\):1.2)", True),
+        ("zorb (v2)", "a zorb (v2)", False),  # attention on v2, as in the webui
+        ("zorb [x]", r"a zorb \[x\]", True),
+        ("zorb two words", "a zorb  two\nwords", True),
+        ("zorb_ünï", "a zorb_ünï", True),
+        ("zorb.v1.5", "a zorb.v1.5", True),
+        ("Zorb花", "a zorb花", True),
+        ("zorb", "a zo BREAK rb", False),
+        ("  ", "a  b", False),
+    ],
+)
+def test_words_are_looked_for_among_the_tokens(
+    tokenizer: Any, word: str, text: str, there: bool
+) -> None:
+    assert words_in(["a cat", text], tokenizer, ["dog", word]) == [word] * there
+    words = Words(embeddings={word: embedding(torch.ones(1, 32))})
+    found = [found for chunk in cut_chunks(text, tokenizer, words) for _, found in chunk.vectors]
+    assert set(found) == ({word} if there else set())
+
+
+def test_vectors_take_the_place_of_tokens(random: Checkpoint) -> None:
     """A word that stands for the vectors of other words is these words."""
     encoder = random.text_encoders[0]
     cats = encoder.tokenizer("blue cat", add_special_tokens=False).input_ids
     vectors = encoder.core.embeddings.token_embedding.weight[cats]
-    words = Words(embeddings=[embedding(tmp_path, "zorb", vectors)])
+    words = Words(embeddings={"zorb": embedding(vectors)})
     for text in ("a zorb on a mat", "a (zorb:1.3)", "dog " * 73 + "zorb", "zorb BREAK zorb"):
         ours = context_of(text, [encoder], words)
         assert torch.equal(ours, context_of(text.replace("zorb", "blue cat"), [encoder]))
@@ -427,20 +453,17 @@ def test_vectors_take_the_place_of_tokens(random: Checkpoint, tmp_path: Path) ->
         ({"clip_l": torch.ones(2, 32), "clip_g": torch.ones(3, 32)}, "has no 1 to 75 vectors"),
     ],
 )
-def test_what_is_no_embedding_is_refused(
-    tensors: dict[str, Tensor], reason: str, tmp_path: Path
-) -> None:
-    path = small.write(tmp_path / "x.safetensors", tensors)
+def test_what_is_no_embedding_is_refused(tensors: dict[str, Tensor], reason: str) -> None:
     with pytest.raises(JobFailure, match=f"^x.safetensors {reason}"):
-        Embedding(ModelFile(path, path.name))
+        Embedding(tensors, "x.safetensors", None)
 
 
-def test_an_embedding_of_another_family_is_told(random: Checkpoint, tmp_path: Path) -> None:
-    other = embedding(tmp_path, "zorb", torch.ones(2, 768))
+def test_an_embedding_of_another_family_is_told(random: Checkpoint) -> None:
+    other = embedding(torch.ones(2, 768))
     with pytest.raises(
-        JobFailure, match="vectors have 768 numbers, the text encoder clip_l takes 32"
+        JobFailure, match=r"zorb\.pt does not fit random\.safetensors: its vectors have 768 numbers"
     ):
-        other.check_fits(random.text_encoders, "random.safetensors")
+        other.check_fits(random.text_encoders, "zorb.pt", "random.safetensors")
 
 
 def test_attention_changes_its_tokens_and_keeps_the_mean(random: Checkpoint) -> None:

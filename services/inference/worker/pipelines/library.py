@@ -36,7 +36,10 @@ _LIBRARIES = ("torch", "diffusers", "transformers", "safetensors", "numpy", "pil
 
 class Library:
     """`on_device`: what computes, with its weights. `in_memory`: networks and embeddings, which are
-    read from there when they are put on, and what onnxruntime runs. Without a GPU they are one."""
+    read from there when they are put on, and what onnxruntime runs. Without a GPU they are one.
+
+    What is kept is known by the content of its file and by all else that it was loaded for, and has
+    nothing of the file's name: that is another one for another job."""
 
     def __init__(self, place: Place, cache: Path, memory: Memory, options: EngineOptions) -> None:
         """`cache`: a folder for what is costly to find out again."""
@@ -79,12 +82,13 @@ class Library:
             return self._parts.share(vae)
 
         size = size_of_file(file, self.place)
-        return self._keep(self.on_device, "vae", file, size, load, self._tensors_of)
+        kind = ("vae", msgspec.json.encode(config, order="deterministic"))
+        return self._keep(self.on_device, kind, file, size, load, self._tensors_of)
 
     def controlnet(self, file: ModelFile) -> Any:
         return self._keep(
             self.on_device,
-            "controlnet",
+            ("controlnet", components.pools_conditions(file)),
             file,
             size_of_file(file, self.place),
             lambda: components.load_controlnet(file, self.place),
@@ -107,14 +111,14 @@ class Library:
             "embedding",
             file,
             file.size,
-            lambda: Embedding(file),
+            lambda: Embedding(file.read(), file.name, file.identity()),
             Embedding.tensors,
         )
 
     def _keep(
         self,
         shelf: Shelf,
-        kind: str,
+        kind: object,
         file: ModelFile,
         size: int,
         load: Callable[[], T],

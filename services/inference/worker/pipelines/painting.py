@@ -44,6 +44,7 @@ from services.inference.worker.pipelines.denoising import (
 from services.inference.worker.pipelines.enlarging import Upscaler, find_upscaler
 from services.inference.worker.pipelines.library import Library, Models, Shelved, receipt
 from services.inference.worker.pipelines.models.checkpoints import Checkpoint, set_tiling
+from services.inference.worker.pipelines.models.components import tokenizer
 from services.inference.worker.pipelines.models.families import configs_of
 from services.inference.worker.pipelines.models.files import ModelFile
 from services.inference.worker.pipelines.models.networks import Worn
@@ -69,7 +70,7 @@ from services.inference.worker.pipelines.pictures.infotext import (
     timestamp,
 )
 from services.inference.worker.pipelines.pictures.previews import Mixes
-from services.inference.worker.pipelines.prompts.encoding import Encoded, Words
+from services.inference.worker.pipelines.prompts.encoding import Encoded, Words, words_in
 from services.inference.worker.pipelines.prompts.syntax import (
     NETWORKS,
     BadPrompt,
@@ -137,7 +138,17 @@ class PaintingPlan:
         self.hr_networks = self.networks
         if self.params.enable_hr:
             self.hr_networks = self._find_networks(hr_networks, "hr_prompt")
-        self.embeddings = [self._open(self.models.use(m)) for m in self._named_embeddings()]
+        first = self.params.steps * self.params.sampler.calls
+        self.embeddings = self._find_embeddings(self.prompt, self.params.negative_prompt, first)
+        self.hr_embeddings: Mapping[str, ModelFile] = {}
+        if self.params.enable_hr:
+            steps = self.params.hr_second_pass_steps or self.params.steps
+            self.hr_embeddings = self._find_embeddings(
+                self.hr_prompt,
+                self.params.hr_negative_prompt,
+                steps * self.params.hr_sampler.calls,
+                done_before=first,
+            )
         self.refiner = self._find_second("refiner_checkpoint", self.params.refiner_checkpoint)
         self.hr_checkpoint = None
         if self.params.enable_hr:
@@ -197,16 +208,22 @@ class PaintingPlan:
             found.append((self._open(model), network))
         return found
 
-    def _named_embeddings(self) -> list[Shelved]:
-        texts = " ".join(
-            (
-                self.params.prompt,
-                self.params.negative_prompt,
-                self.params.hr_prompt,
-                self.params.hr_negative_prompt,
-            )
-        ).lower()
-        return [model for model in self.models.of(EMBEDDING) if model.stem.lower() in texts]
+    def _find_embeddings(
+        self, prompt: str, negative: str, calls: int, *, done_before: int | None = None
+    ) -> dict[str, ModelFile]:
+        """Those that a pass of so many calls reads in one of its texts, by their words."""
+        named: dict[str, Shelved] = {}
+        for model in self.models.of(EMBEDDING):
+            named.setdefault(model.stem, model)
+        if not named:
+            return {}
+        texts = [
+            phase.text
+            for part in (*split_parts(prompt), Part(negative))
+            for phase in plan_phases(part.text, calls, done_before=done_before)
+        ]
+        words = words_in(texts, tokenizer(), [*named])
+        return {word: self._open(self.models.use(named[word])) for word in words}
 
     def _find_second(self, field: str, title: str) -> ModelFile | None:
         if title.lower() in ("", "none", "use same checkpoint"):
@@ -370,10 +387,7 @@ class Painting:
                 f"broken checkpoint: the vae in {plan.checkpoint.name} is missing; name one in"
                 ' models: {"VAE": ["NAME"]}'
             )
-        self.embeddings = [library.embedding(file) for file in plan.embeddings]
-        for embedding in self.embeddings:
-            embedding.check_fits(self.checkpoint.text_encoders, plan.checkpoint.name)
-        self.worn = self._wear(plan.networks, self.checkpoint)
+        self.worn = self._wear(plan.networks, self.checkpoint, plan.checkpoint)
         self.refiner: Net | None = None
         if plan.refiner is not None:
             refiner = library.checkpoint(plan.refiner)
@@ -382,25 +396,29 @@ class Painting:
         plan.controls.load()
 
     def _wear(
-        self, networks: Sequence[tuple[ModelFile, Network]], checkpoint: Checkpoint
+        self,
+        networks: Sequence[tuple[ModelFile, Network]],
+        checkpoint: Checkpoint,
+        checkpoint_file: ModelFile,
     ) -> list[Worn]:
+        """`checkpoint_file`: as the job calls it, which the checkpoint may know by another name."""
         worn = []
         for file, wanted in networks:
             network = self.library.network(file)
             if network.family and network.family != checkpoint.family:
                 raise JobFailure(
-                    f"{file.name} is a LoRA for {network.family}; {checkpoint.file.name} is"
+                    f"{file.name} is a LoRA for {network.family}; {checkpoint_file.name} is"
                     f" {checkpoint.kind.title}"
                 )
             unplaced = checkpoint.wardrobe.unplaced(network)
             if len(unplaced) == len(network.modules):
-                raise JobFailure(f"{file.name} does not fit {checkpoint.file.name}: no part of it")
+                raise JobFailure(f"{file.name} does not fit {checkpoint_file.name}: no part of it")
             if unplaced:
                 self._warn(
                     f"{file.name}: {len(unplaced)} of its {len(network.modules)} parts have no"
-                    f" place in {checkpoint.file.name}"
+                    f" place in {checkpoint_file.name}"
                 )
-            worn.append(Worn(network, wanted.text_weight, wanted.unet_weight))
+            worn.append(Worn(network, file.name, wanted.text_weight, wanted.unet_weight))
         return worn
 
     def _warn(self, text: str) -> None:
@@ -414,6 +432,7 @@ class Painting:
         wants_refiner = (
             not params.enable_hr or self.settings.hires_fix_refiner_pass != "second pass"
         )
+        refiner = self.refiner if wants_refiner else None
         return Pass(
             net=Net(self.checkpoint, self.worn, params.tiling),
             width=params.width,
@@ -422,17 +441,19 @@ class Painting:
             steps=params.steps,
             parts=split_parts(self.plan.prompt),
             negative=params.negative_prompt,
-            refiner=self.refiner if wants_refiner else None,
-            words=self._words,
+            refiner=refiner,
+            words=self._words(self.plan.embeddings, self.checkpoint, self.plan.checkpoint, refiner),
         )
 
     def _hires_pass(self, first: Pass) -> Pass:
         params = self.params
-        checkpoint = self.checkpoint
+        file, checkpoint = self.plan.checkpoint, self.checkpoint
         if self.plan.hr_checkpoint is not None:
-            checkpoint = self.library.checkpoint(self.plan.hr_checkpoint)
+            file = self.plan.hr_checkpoint
+            checkpoint = self.library.checkpoint(file)
         width, height, columns, rows = params.hires_size
-        worn = self._wear(self.plan.hr_networks, checkpoint)
+        worn = self._wear(self.plan.hr_networks, checkpoint, file)
+        refiner = self.refiner if self.settings.hires_fix_refiner_pass != "first pass" else None
         return Pass(
             net=Net(checkpoint, worn, params.tiling),
             width=width // 8 * 8 - columns * 8,
@@ -441,17 +462,31 @@ class Painting:
             steps=params.hr_second_pass_steps or params.steps,
             parts=split_parts(self.plan.hr_prompt),
             negative=params.hr_negative_prompt,
-            refiner=self.refiner if self.settings.hires_fix_refiner_pass != "first pass" else None,
-            words=self._words,
+            refiner=refiner,
+            words=self._words(self.plan.hr_embeddings, checkpoint, file, refiner),
             done_before=first.calls,
         )
 
-    @property
-    def _words(self) -> Words:
+    def _words(
+        self,
+        files: Mapping[str, ModelFile],
+        checkpoint: Checkpoint,
+        checkpoint_file: ModelFile,
+        refiner: Net | None,
+    ) -> Words:
+        """`files`: of embeddings, by their words. Raises JobFailure for one that does not fit a
+        checkpoint that reads the texts."""
+        embeddings = {word: self.library.embedding(file) for word, file in files.items()}
+        readers = [(checkpoint, checkpoint_file)]
+        if refiner is not None and self.plan.refiner is not None:
+            readers.append((refiner.checkpoint, self.plan.refiner))
+        for reader, reader_file in readers:
+            for word, embedding in embeddings.items():
+                embedding.check_fits(reader.text_encoders, files[word].name, reader_file.name)
         return Words(
             self.settings.CLIP_stop_at_last_layers,
             self.settings.comma_padding_backtrack,
-            self.embeddings,
+            embeddings,
         )
 
     def _render(self, first: Pass, start: Start | None, seeds: Sequence[tuple[int, int]]) -> Asking:
@@ -462,7 +497,7 @@ class Painting:
             latents = yield from self._hires(first, latents, seeds)
         if not torch.isfinite(latents).all():
             raise JobFailure(
-                f"the picture came out as no numbers: {self.checkpoint.name} may be damaged,"
+                f"the picture came out as no numbers: {self.plan.checkpoint.stem} may be damaged,"
                 " or the attention in the prompt too strong"
             )
         return latents
@@ -1081,7 +1116,8 @@ class Painting:
             f"{network.name.replace(',', '')}: {self._network_hash(file)[:12]}"
             for file, network in self.plan.networks
         )
-        words = ", ".join(f"{f.stem}: {self._hash(f)[:12]}" for f in self.plan.embeddings)
+        embeddings = {**self.plan.embeddings, **self.plan.hr_embeddings}
+        words = ", ".join(f"{word}: {self._hash(file)[:12]}" for word, file in embeddings.items())
         return {"Lora hashes": loras or None, "TI hashes": words or None}
 
     def _hash(self, file: ModelFile) -> str:

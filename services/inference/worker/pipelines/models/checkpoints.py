@@ -58,11 +58,6 @@ class Checkpoint:
     def family(self) -> str:
         return self.kind.family
 
-    @property
-    def name(self) -> str:
-        """Of the file, without its suffix."""
-        return self.file.stem
-
     def tensors(self) -> list[Tensor]:
         """All that it has in memory. Some may be other checkpoints', too."""
         vae = () if self.vae is None else (self.vae,)

@@ -125,13 +125,12 @@ def load_text_encoders(
                 clip_prefix,
                 place,
             )
-        tokenizer = _tokenizer()
         encoders.append(
             TextEncoder(
                 "clip_l",
                 model,
-                tokenizer,
-                tokenizer.pad_token_id,
+                tokenizer(),
+                tokenizer().pad_token_id,
                 pooled=False,
                 penultimate=family == SDXL,
                 skips=family != SDXL,
@@ -153,12 +152,11 @@ def load_text_encoders(
                 None,  # has layers and a scale that are not used
                 place,
             )
-        tokenizer = _tokenizer()
         encoders.append(
             TextEncoder(
                 "clip_g" if pooled else "clip_h",
                 model,
-                tokenizer,
+                tokenizer(),
                 0,
                 pooled=pooled,
                 penultimate=pooled,
@@ -169,9 +167,15 @@ def load_text_encoders(
 
 
 @lru_cache(1)
-def _tokenizer() -> Any:
+def tokenizer() -> Any:
     """The one that all families have. Nobody changes it: vectors stand beside its tokens."""
     return CLIPTokenizer.from_pretrained(TOKENIZER, local_files_only=True)
+
+
+def pools_conditions(file: ModelFile) -> bool:
+    """Whether a ControlNet is a "shuffle", which was trained to tell of colors and not of places.
+    Nothing in its tensors says so; its name does."""
+    return "shuffle" in file.name.lower()
 
 
 def load_controlnet(file: ModelFile, place: Place) -> Any:
@@ -182,8 +186,7 @@ def load_controlnet(file: ModelFile, place: Place) -> Any:
         raise JobFailure(f"{file.name} is {kind.title}; a ControlNet is needed here")
     shapes = file.header.tensors
     config = _half_of_unet(own or STANDARD[kind.family].unet)
-    # "Shuffle" was trained to tell of colors and not of places; nothing in its tensors says so.
-    config["global_pool_conditions"] = "shuffle" in file.name.lower()
+    config["global_pool_conditions"] = pools_conditions(file)
     source_of: SourceOf
     if "controlnet_cond_embedding.conv_in.weight" in shapes:
         source_of, prefix = _same, ""

@@ -97,9 +97,10 @@ def _place(key: str) -> tuple[str, str] | None:
 
 
 class Worn(msgspec.Struct, frozen=True, eq=False):
-    """A network and how strongly it acts."""
+    """A network, what the job calls it, and how strongly it acts."""
 
     network: NetworkFile
+    name: str
     text_weight: float
     unet_weight: float
 
@@ -168,7 +169,7 @@ class Wardrobe:
                 parameter = getattr(module, field, None)
                 if parameter is None:
                     continue
-                change = make(parts, worn.network.file.name, name, tuple(parameter.shape))
+                change = make(parts, worn.name, name, tuple(parameter.shape))
                 if change is not None:
                     yield module, field, _times(weight, change)
 

@@ -8,7 +8,7 @@ result is bit for bit that of diffusers.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,11 +33,12 @@ AT_ONCE = 64
 
 
 class Chunk(msgspec.Struct, frozen=True):
-    """Up to 75 tokens, the attention of each, and where vectors stand in place of tokens."""
+    """Up to 75 tokens, the attention of each, and where vectors stand in place of tokens: those of
+    a word."""
 
     tokens: list[int]
     weights: list[float]
-    vectors: list[tuple[int, Embedding]] = []
+    vectors: list[tuple[int, str]] = []
 
 
 class Encoded(msgspec.Struct, frozen=True):
@@ -54,15 +55,15 @@ class Encoded(msgspec.Struct, frozen=True):
 
 
 class Words(msgspec.Struct, frozen=True):
-    """How texts are to be read. `embeddings`: those that a text may name."""
+    """How texts are to be read. `embeddings`: by the words that stand for them."""
 
     clip_skip: int = 1
     comma_near: int = COMMA_NEAR
-    embeddings: Sequence[Embedding] = ()
+    embeddings: Mapping[str, Embedding] = {}
 
     @property
     def key(self) -> tuple[object, ...]:
-        known = tuple(embedding.file.identity() for embedding in self.embeddings)
+        known = tuple((word, embedding.identity) for word, embedding in self.embeddings.items())
         return (self.clip_skip, self.comma_near, known)
 
 
@@ -111,7 +112,7 @@ def encode(texts: Sequence[str], encoders: Sequence[TextEncoder], words: Words) 
             f" allowed are {MOST_CHUNKS} chunks in all; make it shorter or change it less often"
         )
     rows = [[*some, *[Chunk([], [])] * (most - len(some))] for some in chunks]
-    outputs = [_encode_chunks(rows, counts, encoder, words.clip_skip) for encoder in encoders]
+    outputs = [_encode_chunks(rows, counts, encoder, words) for encoder in encoders]
     contexts = torch.cat([states for states, _ in outputs], -1).flatten(1, 2)
     pooled = next((pooled for _, pooled in outputs if pooled is not None), [None] * len(different))
     encoded = dict(zip(different, map(Encoded, contexts, pooled), strict=True))
@@ -121,72 +122,98 @@ def encode(texts: Sequence[str], encoders: Sequence[TextEncoder], words: Words) 
 def cut_chunks(text: str, tokenizer: Any, words: Words) -> list[Chunk]:
     """At least one chunk, so that an empty text has an embedding, too."""
     comma = tokenizer.convert_tokens_to_ids(",</w>")
-    known = _names(words.embeddings, tokenizer)
     chunks: list[Chunk] = []
     current = Chunk([], [], [])
     last_comma = -1
 
     def close(upto: int) -> None:
         nonlocal current, last_comma
-        kept = [(at, e) for at, e in current.vectors if at < upto]
+        kept = [(at, word) for at, word in current.vectors if at < upto]
         chunks.append(Chunk(current.tokens[:upto], current.weights[:upto], kept))
-        rest = [(at - upto, e) for at, e in current.vectors if at >= upto]
+        rest = [(at - upto, word) for at, word in current.vectors if at >= upto]
         current = Chunk(current.tokens[upto:], current.weights[upto:], rest)
         last_comma = -1
 
-    for part in parse_attention(text):
-        if part.text is None:
-            close(len(current.tokens))
+    for token, word, weight in _read(text, tokenizer, _names(words.embeddings, tokenizer)):
+        length = len(current.tokens)
+        if token is None:
+            close(length)
             continue
-        encoded = tokenizer(part.text, truncation=False, add_special_tokens=False, verbose=False)
-        tokens, position = encoded.input_ids, 0
-        while position < len(tokens):
-            length = len(current.tokens)
-            if tokens[position] == comma:
-                last_comma = length
-            elif length == CHUNK and last_comma != -1 and CHUNK - last_comma <= words.comma_near:
-                close(last_comma + 1)
-            if len(current.tokens) == CHUNK:
-                close(CHUNK)
-            named = _embedding_at(tokens, position, known)
-            if named is None:
-                current.tokens.append(tokens[position])
-                current.weights.append(part.weight)
-                position += 1
-                continue
-            embedding, taken = named
-            if len(current.tokens) + embedding.count > CHUNK:
-                close(len(current.tokens))
-            current.vectors.append((len(current.tokens), embedding))
-            current.tokens.extend([0] * embedding.count)
-            current.weights.extend([part.weight] * embedding.count)
-            position += taken
+        if token == comma:
+            last_comma = length
+        elif length == CHUNK and last_comma != -1 and CHUNK - last_comma <= words.comma_near:
+            close(last_comma + 1)
+        if len(current.tokens) == CHUNK:
+            close(CHUNK)
+        if word is None:
+            current.tokens.append(token)
+            current.weights.append(weight)
+            continue
+        count = words.embeddings[word].count
+        if len(current.tokens) + count > CHUNK:
+            close(len(current.tokens))
+        current.vectors.append((len(current.tokens), word))
+        current.tokens.extend([0] * count)
+        current.weights.extend([weight] * count)
     if current.tokens or not chunks:
         close(len(current.tokens))
     return chunks
 
 
-def _names(embeddings: Sequence[Embedding], tokenizer: Any) -> list[tuple[list[int], Embedding]]:
-    """The tokens of each embedding's name, the longest first."""
-    names = [
-        (tokenizer(e.word, add_special_tokens=False, verbose=False).input_ids, e)
-        for e in embeddings
-    ]
-    return sorted(names, key=lambda name: -len(name[0]))
+def words_in(texts: Iterable[str], tokenizer: Any, words: Sequence[str]) -> list[str]:
+    """Those of the words that stand for vectors in a text: where their tokens are, so a part of
+    another word is none of them, and signs that are escaped or have a meaning are read as ever."""
+    names, found = _names(words, tokenizer), set[str]()
+    for text in dict.fromkeys(texts):
+        if len(found) == len(words):
+            break
+        found |= {word for _, word, _ in _read(text, tokenizer, names) if word is not None}
+    return [word for word in words if word in found]
 
 
-def _embedding_at(
-    tokens: list[int], position: int, known: list[tuple[list[int], Embedding]]
-) -> tuple[Embedding, int] | None:
-    for name, embedding in known:
-        if name and tokens[position : position + len(name)] == name:
-            return embedding, len(name)
-    return None
+_Names = Mapping[int, Sequence[tuple[list[int], str]]]
+"""Words and their tokens, by the first of these; those of several tokens go before their parts."""
+
+
+def _names(words: Iterable[str], tokenizer: Any) -> _Names:
+    names: dict[int, list[tuple[list[int], str]]] = {}
+    for word in words:
+        tokens = tokenizer(word, add_special_tokens=False, verbose=False).input_ids
+        if tokens:
+            names.setdefault(tokens[0], []).append((tokens, word))
+    for alike in names.values():
+        alike.sort(key=lambda name: -len(name[0]))
+    return names
+
+
+def _read(
+    text: str, tokenizer: Any, names: _Names
+) -> Iterator[tuple[int | None, str | None, float]]:
+    """A text's tokens and their attention; of a word that stands for vectors its first token, and
+    the word. A BREAK has no token."""
+    for part in parse_attention(text):
+        if part.text is None:
+            yield None, None, part.weight
+            continue
+        encoded = tokenizer(part.text, truncation=False, add_special_tokens=False, verbose=False)
+        tokens, position = encoded.input_ids, 0
+        while position < len(tokens):
+            word, taken = _word_at(tokens, position, names)
+            yield tokens[position], word, part.weight
+            position += taken
+
+
+def _word_at(tokens: list[int], position: int, names: _Names) -> tuple[str | None, int]:
+    """The word, and how many tokens it takes."""
+    for name, word in names.get(tokens[position], ()):
+        if tokens[position : position + len(name)] == name:
+            return word, len(name)
+    return None, 1
 
 
 @torch.no_grad()
 def _encode_chunks(
-    rows: list[list[Chunk]], counts: list[int], encoder: TextEncoder, clip_skip: int
+    rows: list[list[Chunk]], counts: list[int], encoder: TextEncoder, words: Words
 ) -> tuple[Tensor, Tensor | None]:
     """`rows`: the chunks of each text, which comes so often as `counts` says. ((texts, chunks, 77,
     width), (texts, width) or None)"""
@@ -199,7 +226,7 @@ def _encode_chunks(
     parts = []
     for first in range(0, len(tokens), AT_ONCE):
         some = slice(first, first + AT_ONCE)
-        parts.append(_encode_tokens(tokens[some], chunks[some], encoder, clip_skip))
+        parts.append(_encode_tokens(tokens[some], chunks[some], encoder, words))
     states = torch.cat([states for states, _ in parts])
     by_text = torch.unflatten(states, 0, (len(rows), -1))
     weighted = [
@@ -213,12 +240,12 @@ def _encode_chunks(
 
 
 def _encode_tokens(
-    tokens: list[list[int]], chunks: list[Chunk], encoder: TextEncoder, clip_skip: int
+    tokens: list[list[int]], chunks: list[Chunk], encoder: TextEncoder, words: Words
 ) -> tuple[Tensor, Tensor | None]:
     """((chunks, 77, width), (chunks, width) or None)"""
     token_ids = torch.tensor(tokens, device=encoder.model.device)
-    skip = clip_skip if encoder.skips else 1
-    with _vectors_in_place(chunks, encoder):
+    skip = words.clip_skip if encoder.skips else 1
+    with _vectors_in_place(chunks, encoder, words):
         output = encoder.model(token_ids, output_hidden_states=skip > 1 or encoder.penultimate)
     pooled = output.text_embeds if encoder.pooled else None
     if encoder.penultimate:
@@ -230,11 +257,11 @@ def _encode_tokens(
 
 
 @contextmanager
-def _vectors_in_place(chunks: list[Chunk], encoder: TextEncoder) -> Iterator[None]:
+def _vectors_in_place(chunks: list[Chunk], encoder: TextEncoder, words: Words) -> Iterator[None]:
     places = [
-        (row, at + 1, embedding.vectors_for(encoder))
+        (row, at + 1, words.embeddings[word].vectors_for(encoder))
         for row, chunk in enumerate(chunks)
-        for at, embedding in chunk.vectors
+        for at, word in chunk.vectors
     ]
     if not places:
         yield
