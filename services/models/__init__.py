@@ -7,6 +7,7 @@ Accepts     models.create_checkpoint, complete_checkpoint, rename_checkpoint, re
 Emits       models.checkpoint_created, _uploaded, _activated, _changed, _refused, _retried, _failed,
             _deleted, _synced; on progress.<checkpoint id> how far a download has come
 Listens to  nobody
-Unasked     downloads checkpoints given by URL and looks at what came in (intake.py), drops uploads
-            that were never completed and removes the bytes of what was deleted (upkeep.py)
+Unasked     downloads checkpoints given by URL, unpacks archives and looks at what came in
+            (intake.py), drops uploads that were never completed and removes the bytes of what was
+            deleted (upkeep.py)
 """

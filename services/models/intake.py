@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Set
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence, Set
 from functools import partial
 from typing import TypeVar
 
@@ -23,6 +23,7 @@ from services.models.downloads import Downloader, Interrupted
 from services.models.inspection import look_at
 from services.models.store.checkpoints import CheckpointStore
 from services.models.store.files import Digest, FileStore
+from services.models.unpacking import unpack
 from shared.contracts.envelope import new_id
 from shared.contracts.models import CheckpointFile, CheckpointProgress
 from shared.errors import Rejected, Retry
@@ -132,9 +133,11 @@ class Intake:
         try:
             files = await self._fetch_all(checkpoint) if checkpoint.urls else checkpoint.files
             files = await _all(self._hash(checkpoint, file) for file in files)
+            packed, files = files, await self._unpack_all(checkpoint, files)
             names = {file.filename for file in files}
             found = await _all(self._look_at(checkpoint, file, names) for file in files)
             replaced = [one.replaced for one in found if one.replaced]
+            replaced += {file.key for file in packed} - {file.key for file in files}
             return partial(commands.accept, *about, [one.file for one in found], replaced)
         except Harmful as error:
             return partial(commands.refuse, *about, files, str(error))
@@ -214,6 +217,26 @@ class Intake:
         if digest.size != file.size:
             raise Retry(f"only {digest.size} of {file.size} bytes of {file.key} came")
         return replace(file, sha256=digest.hexdigest())
+
+    async def _unpack_all(
+        self, checkpoint: Checkpoint, files: Sequence[CheckpointFile]
+    ) -> list[CheckpointFile]:
+        """With the files that lie in an archive in place of the archive."""
+        names: set[str] = set()
+        unpacked = []
+        for file in files:
+            async with self._free:
+                found = await unpack(self._files, file, partial(self._claim, checkpoint)) or [file]
+            for one in found:
+                if one.filename in names:
+                    raise Unfit(f"two of the files are named {one.filename}")
+                names.add(one.filename)
+            if found != [file]:
+                log.info(
+                    "archive_unpacked", checkpoint_id=checkpoint.checkpoint_id, files=len(found)
+                )
+            unpacked += found
+        return unpacked
 
     async def _look_at(
         self, checkpoint: Checkpoint, file: CheckpointFile, names: set[str]

@@ -9,6 +9,7 @@ import io
 import os
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -1004,6 +1005,45 @@ async def test_clean_pickles_can_be_converted(
     assert kept.names == ["t.pt"]
     await service.stop()
     service.start()
+
+
+def tarred(members: dict[str, bytes]) -> bytes:
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as archive:
+        for name, body in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(body)
+            archive.addfile(info, io.BytesIO(body))
+    return packed.getvalue()
+
+
+async def test_a_tar_that_is_named_like_its_model_is_unpacked(
+    service: Models, gateway_bucket: Bucket, bucket: Bucket
+) -> None:
+    """What "Upload from WebUI" of ESD's extension sends."""
+    model, folder = weights("Stable-diffusion", 9 * MIB, "packed"), "models/Stable-diffusion"
+    name = "packed.safetensors"
+    sent = tarred({f"{folder}/{name}": model, f"{folder}/packed.yaml": b"model: {}"})
+    active = await uploaded(service, gateway_bucket, upload(name), {name: sent})
+    assert (active.status, active.names) == ("Active", [name])
+    (file,) = active.files
+    assert (file.size, file.sha256) == (len(model), hashlib.sha256(model).hexdigest())
+    assert file.kind
+    assert (file.kind.type, file.kind.format) == ("Stable-diffusion", "safetensors")
+    assert await bucket.read(file.key) == model
+    await eventually(lambda: bucket.keys(active.checkpoint_id), [file.key])
+    # Its name is taken now, also for a file in an archive of another name.
+    other = upload("other.safetensors")
+    sent = tarred({name: weights("Stable-diffusion", seed="another")})
+    failed = await uploaded(service, gateway_bucket, other, {"other.safetensors": sent})
+    assert failed.status == "Failed"
+    assert f"{name} already exists" in (failed.error or "")
+    await eventually(lambda: bucket.keys(other.checkpoint_id), [])
+    # What lies in it is judged as if it had come by itself.
+    wrong = upload("wrong.tar", type="VAE")
+    sent = tarred({"wrong.safetensors": weights("Lora")})
+    failed = await uploaded(service, gateway_bucket, wrong, {"wrong.tar": sent})
+    assert "wrong.safetensors: it was declared as VAE" in (failed.error or "")
 
 
 def key(command: models.CreateCheckpoint) -> str:

@@ -177,12 +177,13 @@ class FileStore:
             raise
         return size
 
-    async def read(self, key: str, size: int) -> AsyncIterator[bytes]:
-        """The whole object, block by block."""
+    async def read(self, key: str, size: int, *, start: int = 0) -> AsyncIterator[bytes]:
+        """`size` bytes of an object from `start` on, block by block."""
+        end = start + size
 
         async def blocks() -> AsyncIterator[bytes]:
-            for start in range(0, size, PART_BYTES):
-                yield await self.read_range(key, start, min(start + PART_BYTES, size))
+            for at in range(start, end, PART_BYTES):
+                yield await self.read_range(key, at, min(at + PART_BYTES, end))
 
         async with contextlib.aclosing(_ahead(blocks())) as ahead:
             async for block in ahead:
