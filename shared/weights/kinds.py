@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -61,6 +62,8 @@ def recognise(header: Header) -> Kind:
     first = header.tensors.get(UNET + "input_blocks.0.0.weight")
     channels = first.shape[1] if first and len(first.shape) > 1 else 4
     family = _family(header)
+    if family == SD2 and _begins(header, UNET + "label_emb."):
+        return Kind("Stable-diffusion", "an SD 2.x unCLIP checkpoint")
     if channels not in (4, 9):
         what = "an InstructPix2Pix" if channels == 8 else f"a {family} ({channels} channels)"
         return Kind("Stable-diffusion", f"{what} checkpoint")
@@ -74,6 +77,7 @@ _OF_NETWORKS = (
     "lora_up",
     "lora_A.",
     "lora.down",
+    "lora_linear_layer.",
     "hada_w1",
     "lokr_w",
     "oft_blocks",
@@ -90,11 +94,26 @@ def _has(header: Header, *parts: str) -> bool:
     return any(part in name for name in header.tensors for part in parts)
 
 
+_OTHER_CONTROLS = {
+    "task_embedding": "a ControlNet Union",
+    "control_add_embedding": "a ControlNet Union",
+    "lora_controlnet": "a Control-LoRA",
+    "lllite_": "a ControlNet-LLLite",
+    "ip_adapter.": "an IP-Adapter",
+    "adapter.body.": "a T2I-Adapter",
+}
+"""What steers pictures in other ways than a ControlNet, though it may hold all of one."""
+
+
 def _other_kind(header: Header) -> Kind | None:
+    for sign, title in _OTHER_CONTROLS.items():
+        if _begins(header, sign, f"control_model.{sign}"):
+            return Kind("", f"{title}, which can't be used here yet")
     differences = any(name.endswith((".diff", ".diff_b")) for name in header.tensors)
     if differences or _has(header, *_OF_NETWORKS) or _begins(header, "lora_unet_", "lora_te"):
         family = network_family(header)
-        return Kind("Lora", f"a LoRA for {family}" if family else "a LoRA", family)
+        title = f"a LoRA for {family}" if family else "a LoRA"
+        return Kind("Lora", title, family if family in FAMILIES else "")
     if _has(header, "input_hint_block", "controlnet_cond_embedding"):
         family = _controlnet_family(header)
         return Kind("ControlNet", f"a ControlNet for {family or 'no family known here'}", family)
@@ -142,17 +161,55 @@ def _family(header: Header) -> str:
 _BY_CONTEXT = {768: SD1, 1024: SD2, 2048: SDXL, 1280: REFINER}
 
 
+_OTHER_NETWORKS = {
+    "double_blocks_": "Flux",
+    "double_blocks.": "Flux",
+    "single_transformer_blocks": "Flux",
+    "joint_blocks": "Stable Diffusion 3",
+}
+_WIDTH = re.compile(
+    r"(.*attn2[._]to_[kv].*?)\.(?:lora_down|lora_A(?:\.\w+)?|lora\.down|hada_w1_b|diff)(?:\.weight)?"
+    r"|(.*attn2\.processor\.to_[kv])_lora\.down\.weight"
+)
+"""Tensors as wide as the text that an attention looks at."""
+_KRONECKER = re.compile(r"(.*attn2[._]to_[kv].*)\.lokr_w1(?:_b)?")
+_DEEP = re.compile(r"transformer_blocks[._](\d+)")
+
+
 def network_family(header: Header) -> str:
-    """For what a LoRA was made, by the width of the text that its attention looks at; empty if it
-    does not tell."""
-    if _begins(header, "lora_te2_", "lora_te1_"):
-        return SDXL
+    """For what a LoRA was made; empty if it does not tell.
+
+    By the width of the text that its attention looks at, else by its second text encoder or by
+    transformers deeper than any but SDXL's. One text encoder alone tells nothing: SD 1.x and SDXL
+    share it, and its tensors are called `lora_te1_` in files for either."""
+    for sign, family in _OTHER_NETWORKS.items():
+        if _has(header, sign):
+            return family
     for name, spec in header.tensors.items():
-        looks = "attn2" in name and ("to_k" in name or "to_v" in name)
-        down = name.endswith(("lora_down.weight", "lora_A.weight", "lora.down.weight"))
-        if looks and down and len(spec.shape) > 1:
-            return _BY_CONTEXT.get(spec.shape[1], "")
+        family = _BY_CONTEXT.get(_context_width(header, name, spec), "")
+        if family:
+            return family
+    deepest = max(
+        (int(found) for name in header.tensors for found in _DEEP.findall(name)), default=0
+    )
+    if _begins(header, "lora_te2_", "text_encoder_2.") or deepest > 3:
+        return SDXL
     return ""
+
+
+def _context_width(header: Header, name: str, spec: TensorSpec) -> int:
+    """Of a tensor that tells it; else 0."""
+    if len(spec.shape) < 2:
+        return 0
+    if _WIDTH.fullmatch(name):
+        return spec.shape[1]
+    kronecker = _KRONECKER.fullmatch(name)
+    if kronecker:
+        for part in ("lokr_w2", "lokr_w2_b"):
+            other = header.tensors.get(f"{kronecker[1]}.{part}")
+            if other and len(other.shape) > 1:
+                return spec.shape[1] * other.shape[1]
+    return 0
 
 
 def _controlnet_family(header: Header) -> str:
@@ -175,15 +232,19 @@ def _precision(specs: Iterable[TensorSpec]) -> str:
     return _PRECISIONS.get(most, most.lower())
 
 
+_RANKED = re.compile(
+    r".*(lora_down\.weight|lora_A(\.\w+)?\.weight|lora(_linear_layer)?\.down\.weight|hada_w1_b"
+    r"|lokr_w2_b)"
+)
+
+
 def _rank(header: Header) -> int:
     """The one that most layers have; 0 for forms without one."""
-    ranks: Counter[int] = Counter()
-    for name, spec in header.tensors.items():
-        down = name.endswith(
-            ("lora_down.weight", "lora_A.weight", "lora.down.weight", "hada_w1_b", "lokr_w2_b")
-        )
-        if down and spec.shape:
-            ranks[spec.shape[0]] += 1
+    ranks = Counter(
+        spec.shape[0]
+        for name, spec in header.tensors.items()
+        if spec.shape and _RANKED.fullmatch(name)
+    )
     return ranks.most_common(1)[0][0] if ranks else 0
 
 

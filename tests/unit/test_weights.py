@@ -386,6 +386,104 @@ def test_a_type_is_told_from_the_tensors(type_: str) -> None:
     assert describe(header_of(weights(type_))).type == type_
 
 
+WIDTHS = {"SD 1.x": 768, "SD 2.x": 1024, "SDXL": 2048, "SDXL refiner": 1280}
+K = "transformer_blocks.0.attn2.to_k"
+FLAT = K.replace(".", "_")
+NETWORK_LAYOUTS: dict[str, Callable[[int], dict[str, tuple[int, ...]]]] = {
+    "kohya": lambda width: {
+        f"lora_unet_mid_block_attentions_0_{FLAT}.lora_down.weight": (8, width)
+    },
+    "kohya, original names": lambda width: {
+        f"lora_unet_middle_block_1_{FLAT}.lora_down.weight": (8, width)
+    },
+    "kohya with te1": lambda width: {
+        "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": (8, 768),
+        f"lora_unet_mid_block_attentions_0_{FLAT}.lora_down.weight": (8, width),
+    },
+    "self attention first": lambda width: {
+        "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_k.lora_down.weight": (
+            (8, 640)
+        ),
+        f"lora_unet_mid_block_attentions_0_{FLAT}.lora_down.weight": (8, width),
+    },
+    "LoHa": lambda width: {f"lora_unet_middle_block_1_{FLAT}.hada_w1_b": (8, width)},
+    "LoKr": lambda width: {
+        f"lora_unet_middle_block_1_{FLAT}.lokr_w1": (16, 16),
+        f"lora_unet_middle_block_1_{FLAT}.lokr_w2": (80, width // 16),
+    },
+    "LoKr, factored": lambda width: {
+        f"lora_unet_middle_block_1_{FLAT}.lokr_w1_b": (4, 16),
+        f"lora_unet_middle_block_1_{FLAT}.lokr_w2_b": (4, width // 16),
+    },
+    "full": lambda width: {f"lora_unet_middle_block_1_{FLAT}.diff": (1280, width)},
+    "diffusers": lambda width: {f"unet.mid_block.attentions.0.{K}.lora_A.weight": (8, width)},
+    "diffusers, no prefix": lambda width: {f"mid_block.attentions.0.{K}.lora_A.weight": (8, width)},
+    "diffusers, first": lambda width: {
+        f"unet.mid_block.attentions.0.{K}.lora.down.weight": (8, width)
+    },
+    "processors": lambda width: {
+        "mid_block.attentions.0.transformer_blocks.0.attn2.processor.to_k_lora.down.weight": (
+            8,
+            width,
+        )
+    },
+    "PEFT": lambda width: {
+        f"base_model.model.mid_block.attentions.0.{K}.lora_A.default.weight": (8, width)
+    },
+}
+
+
+@pytest.mark.parametrize("layout", NETWORK_LAYOUTS)
+@pytest.mark.parametrize("family", WIDTHS)
+def test_the_family_of_a_network_is_told_in_every_layout(family: str, layout: str) -> None:
+    shapes = NETWORK_LAYOUTS[layout](WIDTHS[family])
+    kind = describe(Header({name: TensorSpec("F16", shape) for name, shape in shapes.items()}))
+    assert (kind.type, kind.family, kind.title) == ("Lora", family, f"a LoRA for {family}")
+
+
+@pytest.mark.parametrize(
+    ("names", "family", "title"),
+    [
+        (["lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"], "", "a LoRA"),
+        (["lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"], "", "a LoRA"),
+        (["text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_A.weight"], "", "a LoRA"),
+        (["lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"], "SDXL", ""),
+        (["text_encoder_2.text_model.encoder.layers.0.mlp.fc1.lora_A.weight"], "SDXL", ""),
+        (
+            ["lora_unet_middle_block_1_transformer_blocks_9_attn1_to_q.lora_down.weight"],
+            "SDXL",
+            "",
+        ),
+        (["lora_unet_mid_block_attentions_0_proj_in.lora_down.weight"], "", "a LoRA"),
+        (["lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"], "", "a LoRA for Flux"),
+        (["lora_unet_joint_blocks_0_x_block_mlp_fc1.lora_down.weight"], "", ""),
+    ],
+)
+def test_the_family_of_a_network_without_the_width_of_a_text(
+    names: list[str], family: str, title: str
+) -> None:
+    kind = describe(Header({name: TensorSpec("F16", (8, 768)) for name in names}))
+    assert (kind.type, kind.family) == ("Lora", family)
+    assert kind.title.startswith(title or "a LoRA for S")
+
+
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [
+        ("task_embedding", "a ControlNet Union"),
+        ("control_model.control_add_embedding.linear_1.weight", "a ControlNet Union"),
+        ("lora_controlnet", "a Control-LoRA"),
+        ("lllite_unet_middle_block_1_to_q.cond_emb.0.weight", "a ControlNet-LLLite"),
+        ("ip_adapter.1.to_k_ip.weight", "an IP-Adapter"),
+        ("adapter.body.0.block1.weight", "a T2I-Adapter"),
+    ],
+)
+def test_what_steers_in_another_way_is_no_controlnet(name: str, title: str) -> None:
+    names = (name, "input_hint_block.0.weight", "controlnet_cond_embedding.conv_in.weight")
+    kind = describe(Header({each: TensorSpec("F16", (8, 8)) for each in names}))
+    assert (kind.type, kind.title) == ("", f"{title}, which can't be used here yet")
+
+
 def test_all_that_a_file_tells_is_told() -> None:
     def described(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> Kind:
         return describe(Header({name: TensorSpec(*spec) for name, spec in tensors.items()}))

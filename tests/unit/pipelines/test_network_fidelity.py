@@ -21,6 +21,8 @@ from torch.nn.functional import conv2d, linear
 
 from services.inference.worker.pipelines import JobFailure
 from services.inference.worker.pipelines.models import layouts
+from services.inference.worker.pipelines.models.files import ModelFile
+from services.inference.worker.pipelines.models.networks import NetworkFile, Worn
 from tests.unit.pipelines import by_hand, tiny
 from tests.unit.pipelines.bench import USUAL, Bench, Seen, base64_of, photo, worst
 from tests.unit.pipelines.by_hand import Predict
@@ -86,6 +88,16 @@ def beside(layer: Any, x: Tensor, form: str, parts: Parts) -> Tensor:
     raise KeyError(form)
 
 
+def decomposed(layer: Any, x: Tensor, form: str, parts: Parts) -> Tensor:
+    """What DoRA adds: the form's change of the weight is found out by what the layer makes of one
+    input at a time, and each row, or column, of the sum gets its magnitude."""
+    bare = layer.weight
+    changed = bare + beside(layer, torch.eye(bare.shape[1]), form, parts).T
+    along = 0 if parts["dora_scale"].shape[0] == 1 else 1
+    lengths = torch.linalg.vector_norm(changed, dim=along, keepdim=True)
+    return linear(x, changed / lengths * parts["dora_scale"] - bare)
+
+
 @contextmanager
 def wearing(
     model: Tiny, form: str, parts: Mapping[str, Parts], text: float = 1.0, unet: float = 1.0
@@ -99,7 +111,8 @@ def wearing(
         def add(
             layer: Any, given: Any, out: Tensor, some: Parts = some, weight: float = weight
         ) -> Tensor:
-            return out + weight * beside(layer, given[0], form, some)
+            added = decomposed if "dora_scale" in some else beside
+            return out + weight * added(layer, given[0], form, some)
 
         hooks.append(getattr(model, component).get_submodule(layer).register_forward_hook(add))
     try:
@@ -162,6 +175,37 @@ def painted(model: Tiny) -> Tensor:
     return by_hand.run(model, by_hand.usually_guided(model), by_hand.noise())
 
 
+DORA: dict[str, tuple[str, Callable[[Tensor, int], Parts], str]] = {
+    "LoRA, by inputs": ("lora", tiny.lora, "inputs"),
+    "LoRA, by outputs": ("lora", tiny.lora, "outputs"),
+    "LoHa, by inputs": ("loha", tiny.loha, "inputs"),
+    "LoKr, by outputs": ("lokr", tiny.lokr, "outputs"),
+    "full, by inputs": ("full", tiny.full, "inputs"),
+}
+
+
+@pytest.mark.parametrize("what", DORA)
+def test_dora_gives_a_changed_weight_the_magnitudes_that_were_learned(
+    bench: Bench, checkpoints: Checkpoints, same: Same, tmp_path: Path, what: str
+) -> None:
+    """At a lower weight it goes a part of the way, as in the webui."""
+    model, path = checkpoints["SD 1.x"]
+    form, make, of = DORA[what]
+    names = [
+        name for name in LINEAR if form != "full" or not name.endswith(("to_q", "to_k", "to_v"))
+    ]
+    tensors, parts = tiny.network(layers_of(model, names), tiny.dora(make, of=of), kohya)
+    if form == "full":  # its bias is no part of the weight
+        tensors = {key: tensor for key, tensor in tensors.items() if not key.endswith("diff_b")}
+        parts = {k: {**v, "diff_b": torch.zeros_like(v["diff_b"])} for k, v in parts.items()}
+    file = tiny.save(tmp_path / "style.safetensors", tensors)
+    with wearing(model, form, parts, 0.7, 0.7):
+        theirs = painted(model)
+    seen = bench.paint(path, prompt=f"{PROMPT}<lora:style:0.7>", beside={file: "Lora"})
+    assert not seen.result.warnings
+    same(f"DoRA, {what}", seen.latents[0], theirs)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_a_network_adds_what_its_layers_would(
     bench: Bench, checkpoints: Checkpoints, same: Same, tmp_path: Path, form: str
@@ -188,7 +232,7 @@ def peft(name: str) -> str:
 
 def as_peft(tensors: Tensors) -> Tensors:
     """Alpha is not told then: it is the rank."""
-    renamed = {"lora_down": "lora_A", "lora_up": "lora_B"}
+    renamed = {"lora_down": "lora_A", "lora_up": "lora_B", "magnitude": "magnitude"}
     return {
         key.replace(old, new): tensor
         for key, tensor in tensors.items()
@@ -212,9 +256,13 @@ def as_attention_processors(tensors: Tensors) -> Tensors:
 
 
 ATTENTION = [name for name in LINEAR if "attn" in name]
+IN_UNET = [
+    name for name in (*LINEAR, *SMALL_CONVOLUTIONS, *CONVOLUTIONS) if name.startswith("unet.")
+]
 LAYOUTS: dict[str, tuple[Callable[[str], str], Callable[[Tensors], Tensors], list[str]]] = {
     "kohya": (kohya, lambda tensors: tensors, [*LINEAR, *SMALL_CONVOLUTIONS, *CONVOLUTIONS]),
     "PEFT": (peft, as_peft, [*LINEAR, *CONVOLUTIONS]),
+    "PEFT, DoRA": (peft, as_peft, IN_UNET),  # transformers loses the magnitudes of its encoders
     "attention processors": (peft, as_attention_processors, ATTENTION),
 }
 
@@ -227,11 +275,14 @@ def test_a_lora_does_what_diffusers_does_with_it(
     _, path = checkpoints["SD 1.x"]
     model = tiny.sd1()
     key_of, rename, names = LAYOUTS[layout]
-    tensors = rename(tiny.network(layers_of(model, names), tiny.lora, key_of)[0])
+    dora = layout.endswith("DoRA")
+    make = tiny.dora(tiny.lora, of="PEFT") if dora else tiny.lora
+    tensors = rename(tiny.network(layers_of(model, names), make, key_of)[0])
     file = tiny.save(tmp_path / "style.safetensors", tensors)
     pipeline = by_hand.pipeline(model)
     pipeline.load_lora_weights(dict(tensors), adapter_name="style")
-    pipeline.set_adapters("style", 0.7)
+    strength = 1 if dora else 0.7  # PEFT weakens what is added before it takes its length
+    pipeline.set_adapters("style", strength)
     body: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 6.5}
     theirs = pipeline(
         PROMPT,
@@ -242,9 +293,72 @@ def test_a_lora_does_what_diffusers_does_with_it(
         output_type="latent",
         **body,
     ).images
-    seen = bench.paint(path, prompt=f"{PROMPT} <lora:style:0.7>", beside={file: "Lora"})
+    seen = bench.paint(path, prompt=f"{PROMPT} <lora:style:{strength}>", beside={file: "Lora"})
     assert not seen.result.warnings
     same(f"LoRA, {layout}, diffusers", seen.latents[0], theirs)
+
+
+Q = "transformer_blocks.0.attn1.to_q"
+FLAT = Q.replace(".", "_")
+SPELLINGS = {
+    "kohya": f"lora_unet_mid_block_attentions_0_{FLAT}.lora_down.weight",
+    "kohya, original names": f"lora_unet_middle_block_1_{FLAT}.lora_down.weight",
+    "kohya, parts of PEFT": f"lora_unet_mid_block_attentions_0_{FLAT}.lora_A.weight",
+    "kohya with dots": f"lora_unet_mid_block_attentions_0_{FLAT[:-5]}.to_q.lora_A.weight",
+    "diffusers": f"unet.mid_block.attentions.0.{Q}.lora_A.weight",
+    "diffusers, first": f"unet.mid_block.attentions.0.{Q}.lora.down.weight",
+    "diffusers, no prefix": f"mid_block.attentions.0.{Q}.lora_A.weight",
+    "processors": f"unet.mid_block.attentions.0.{Q[:-5]}.processor.to_q_lora.down.weight",
+    "processors, no prefix": f"mid_block.attentions.0.{Q[:-5]}.processor.to_q_lora.down.weight",
+    "PEFT": f"base_model.model.mid_block.attentions.0.{Q}.lora_A.weight",
+    "PEFT with an adapter": f"base_model.model.mid_block.attentions.0.{Q}.lora_A.default_0.weight",
+    "PEFT in diffusers": f"unet.base_model.model.mid_block.attentions.0.{Q}.lora_A.weight",
+    "ComfyUI": f"diffusion_model.middle_block.1.{Q}.lora_A.weight",
+}
+ENCODER_SPELLINGS = {
+    "kohya": "lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight",
+    "kohya, as for SDXL": "lora_te1_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight",
+    "diffusers": "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight",
+    "diffusers, first": "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    ".lora_linear_layer.down.weight",
+    "transformers of late": "text_encoder.encoder.layers.0.self_attn.q_proj.lora_A.weight",
+    "PEFT": "base_model.model.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight",
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "at"),
+    [
+        *((key, f"unet.mid_block.attentions.0.{Q}") for key in SPELLINGS.values()),
+        *(
+            (key, "text_encoder.encoder.layers.0.self_attn.q_proj")
+            for key in ENCODER_SPELLINGS.values()
+        ),
+    ],
+    ids=[*SPELLINGS, *(f"text, {name}" for name in ENCODER_SPELLINGS)],
+)
+def test_a_layer_is_found_by_all_names_that_it_has(
+    bench: Bench, checkpoints: Checkpoints, tmp_path: Path, key: str, at: str
+) -> None:
+    _, path = checkpoints["SD 1.x"]
+    checkpoint = load(bench, path)
+    component, _, layer = at.partition(".")
+    weight = modules_of(checkpoint)[component].get_submodule(layer).weight
+    bare = weight.clone()
+    parts = tiny.lora(weight, 7)
+    up = key.replace("lora_A", "lora_B").replace("down.weight", "up.weight")
+    tensors = {key: parts["lora_down.weight"], up: parts["lora_up.weight"]}
+    file = ModelFile(tiny.save(tmp_path / "style.safetensors", tensors), "style.safetensors")
+    network = NetworkFile(file)
+    assert not checkpoint.wardrobe.unplaced(network)
+    assert not network.unknown
+    checkpoint.wardrobe.wear([Worn(network, file.name, 1.0, 1.0)])
+    try:
+        worn = modules_of(checkpoint)[component].get_submodule(layer).weight
+        added = parts["lora_up.weight"] @ parts["lora_down.weight"]
+        torch.testing.assert_close(worn, bare + added)
+    finally:
+        checkpoint.wardrobe.take_off()
 
 
 SGM = {
@@ -363,11 +477,18 @@ def test_the_second_pass_has_its_own_networks(
     same("LoRA, hires fix", seen.latents[-1], theirs)
 
 
+LOW_RANK = {"attn1_to_q.lora_down.weight": (4, 16), "attn1_to_q.lora_up.weight": (16, 4)}
+
+
 @pytest.mark.parametrize(
     ("tensors", "reason"),
     [
         ({"attn1_to_q.lora_down.weight": (4, 16), "attn1_to_q.lora_up.weight": (8, 4)}, "size"),
-        ({"attn1_to_q.lora_down.weight": (4, 768)}, "another size"),
+        (
+            {"attn1_to_q.lora_down.weight": (4, 768)},
+            "is incomplete .* 1 of its tensors have no use",
+        ),
+        ({"attn1_to_q.lora_down.weight": (4, 4, 8), "attn1_to_q.lora_up.weight": (8, 4)}, "size"),
         (
             {
                 "attn1_to_k.lora_down.weight": (4, 16),
@@ -377,11 +498,24 @@ def test_the_second_pass_has_its_own_networks(
             },
             "attn1_to_q is of another size",
         ),
+        ({"attn1_to_q.oft_blocks": (4, 4, 4)}, "of the form OFT"),
+        ({**LOW_RANK, "attn1_to_q.dora_scale": (1, 17)}, "attn1_to_q is of another size"),
         (
-            {"attn1_to_q.lora_down.weight": (4, 16), "attn1_to_q.dora_scale": (1, 16)},
-            "of the form DoRA",
+            {
+                **LOW_RANK,
+                "attn1_to_q.dora_scale": (1, 16),
+                "attn1_to_q.lora_magnitude_vector": (16,),
+            },
+            "2 of its tensors have no use",
         ),
-        ({"attn2_to_k.lora_down.weight": (4, 2048)}, "is a LoRA for SDXL; sd-1.x.safetensors is"),
+        ({"attn1_to_q.dora_scale": (1, 16)}, "the dora_scale of .*attn1_to_q among them"),
+        ({**LOW_RANK, "attn1_to_q.lora_B.bias": (16,)}, "the lora_B.bias of .*attn1_to_q among"),
+        ({**LOW_RANK, "attn1_to_q.alpha": (2,)}, "the alpha of .*attn1_to_q is not one number"),
+        ({**LOW_RANK, "attn1_to_q.lora_A.weight": (4, 16)}, "has the lora_down.weight of .* twice"),
+        (
+            {"attn2_to_k.lora_down.weight": (4, 2048), "attn2_to_k.lora_up.weight": (16, 4)},
+            "is a LoRA for SDXL; sd-1.x.safetensors is",
+        ),
     ],
 )
 def test_a_network_that_does_not_fit_is_refused(
@@ -397,9 +531,68 @@ def test_a_network_that_does_not_fit_is_refused(
     block = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_"
     given = {block + name: torch.ones(shape) for name, shape in tensors.items()}
     file = tiny.save(tmp_path / "style.safetensors", given)
-    with pytest.raises(JobFailure, match=f"style.safetensors .*{reason}"):
+    with pytest.raises(JobFailure, match=f"style.safetensors:? .*{reason}"):
         bench.paint(path, prompt=f"{PROMPT}<lora:style:1>", beside={file: "Lora"})
     assert torch.equal(bench.paint(path).latents[0], before.latents[0])
+
+
+def test_what_nobody_understands_in_a_network_is_counted(
+    bench: Bench, checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    """What has no place in the checkpoint, too; the rest acts."""
+    model, path = checkpoints["SD 1.x"]
+    tensors, _ = tiny.network(layers_of(model, LINEAR), tiny.lora, kohya)
+    elsewhere, _ = tiny.network(
+        {"unet.down_blocks.7.proj_in": layers_of(model, LINEAR[:1])[LINEAR[0]]}, tiny.lora, kohya
+    )
+    strange = {"lora_prior_x.lora_down.weight": torch.ones(2, 2), "notes": torch.ones(1)}
+    file = tiny.save(tmp_path / "style.safetensors", tensors)
+    more = tiny.save(tmp_path / "more.safetensors", {**tensors, **elsewhere, **strange})
+    bare = bench.paint(path, prompt=f"{PROMPT}<lora:style:1>", beside={file: "Lora"})
+    seen = bench.paint(path, prompt=f"{PROMPT}<lora:more:1>", beside={more: "Lora"})
+    assert torch.equal(seen.latents[0], bare.latents[0])
+    assert seen.result.warnings == [
+        "more.safetensors: 1 of its 10 parts have no place in sd-1.x.safetensors,"
+        " unet:down_blocks_7_proj_in among them",
+        f"more.safetensors: 2 of its {len(tensors) + 5} tensors have no part in what it makes here,"
+        " lora_prior_x.lora_down.weight among them",
+    ]
+
+
+@pytest.mark.parametrize("form", ["lora", "loha", "full", "DoRA"])
+def test_a_network_for_four_channels_fits_an_inpainting_checkpoint(
+    bench: Bench, checkpoints: Checkpoints, same: Same, tmp_path: Path, form: str
+) -> None:
+    """It leaves alone how the mask and the picture are seen."""
+    model, path = checkpoints["SD 1.x inpainting"]
+    first = model.unet.conv_in.weight[:, :4]
+    make = {"DoRA": tiny.dora(tiny.lora, of="outputs"), "loha": tiny.loha, "full": tiny.full}
+    parts = make.get(form, tiny.lora)(first, 3)
+    file = tiny.save(
+        tmp_path / "style.safetensors",
+        {f"lora_unet_conv_in.{part}": tensor for part, tensor in parts.items()},
+    )
+    seen = bench.paint(path, prompt=f"{PROMPT}<lora:style:1>", beside={file: "Lora"})
+    assert not seen.result.warnings
+    changed = model.unet.conv_in.weight.clone()
+    if form == "loha":
+        one, two = (parts[f"hada_w{n}_a"] @ parts[f"hada_w{n}_b"] for n in (1, 2))
+        changed[:, :4] += 2 * (one * two).reshape(first.shape)
+    elif form == "full":
+        changed[:, :4] += parts["diff"]
+    else:
+        added = torch.einsum(
+            "or,rikl->oikl", parts["lora_up.weight"][..., 0, 0], parts["lora_down.weight"]
+        )
+        changed[:, :4] += added / 2
+    if form == "DoRA":
+        changed *= parts["dora_scale"] / changed.flatten(1).norm(dim=1)[:, None, None, None]
+    tensors = {**model.tensors(), f"{layouts.UNET}input_blocks.0.0.weight": changed}
+    if form == "full":
+        tensors[f"{layouts.UNET}input_blocks.0.0.bias"] = model.unet.conv_in.bias + parts["diff_b"]
+    merged = model.save(tmp_path / "merged.safetensors", tensors)
+    same(f"conv_in, inpainting, {form}", seen.latents[0], bench.paint(merged).latents[0])
+    assert worst(seen.pixels[0], bench.paint(path).pixels[0]) > 1
 
 
 # VAEs
@@ -416,6 +609,7 @@ def of_diffusers(vae: Any, config: Any, path: Path) -> None:
 
 def pickled(vae: Any, config: Any, path: Path) -> None:
     tensors = layouts.to_original(vae.state_dict(), layouts.vae_sources(config, ""))
+    tensors |= {"loss.logvar": torch.zeros(1), "model_ema.decay": torch.ones(())}
     torch.save({"state_dict": tensors, "epoch": 1}, path)
 
 
@@ -425,6 +619,8 @@ def pickled(vae: Any, config: Any, path: Path) -> None:
         ("other.safetensors", original),
         ("other.vae.safetensors", of_diffusers),
         ("other.vae.pt", pickled),
+        ("misnamed.safetensors", pickled),
+        ("misnamed.ckpt", original),
     ],
 )
 def test_another_vae_decodes_and_encodes(
@@ -862,6 +1058,23 @@ def test_a_controlnet_of_another_family_is_refused(
     hint = "control_model.input_hint_block.0.weight"
     tiny.save(file, {block: torch.zeros(640, 2048), hint: torch.zeros(16, 3, 3, 3)})
     with pytest.raises(JobFailure, match=r"xl.safetensors is a ControlNet for SDXL; the checkp"):
+        controlled(bench, path, {file: unit(file, photo())})
+
+
+def test_a_controlnet_union_is_refused_as_such(
+    bench: Bench, checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    """It holds a whole ControlNet, which alone would do something else."""
+    model, path = checkpoints["SDXL"]
+    net, config = tiny.controlnet(model)
+    union = {
+        **tiny.controlnet_tensors(net, config, "diffusers"),
+        "task_embedding": torch.zeros(6, 8),
+        "control_add_embedding.linear_1.weight": torch.zeros(8, 8),
+        "transformer_layes.0.attn.in_proj_weight": torch.zeros(24, 8),
+    }
+    file = tiny.save(tmp_path / "union.safetensors", union, config)
+    with pytest.raises(JobFailure, match=r"union.safetensors is a ControlNet Union, which can't"):
         controlled(bench, path, {file: unit(file, photo())})
 
 

@@ -368,6 +368,27 @@ def full(weight: Tensor, seed: int) -> Parts:
     }
 
 
+def dora(form: Callable[[Tensor, int], Parts], *, of: str) -> Callable[[Tensor, int], Parts]:
+    """A form with magnitudes. `of`: `inputs`, as the webui reads them; `outputs`, in the shape of
+    LyCORIS; `PEFT`, which has them for outputs too."""
+
+    def parts(weight: Tensor, seed: int) -> Parts:
+        out, into, *kernel = weight.shape
+        count = into if of == "inputs" else out
+        magnitudes = 1 + 0.3 * torch.rand(count, generator=torch.Generator().manual_seed(seed + 9))
+        match of:
+            case "inputs":
+                shape = [1, into, *(1 for _ in kernel)]
+            case "outputs":
+                shape = [out, 1, *(1 for _ in kernel)]
+            case _:  # convolutions have an axis more
+                shape = [1, out, 1, 1] if kernel else [out]
+        name = "lora_magnitude_vector" if of == "PEFT" else "dora_scale"
+        return {**form(weight, seed), name: magnitudes.reshape(shape)}
+
+    return parts
+
+
 def network(
     layers: Mapping[str, nn.Module],
     form: Callable[[Tensor, int], Parts],

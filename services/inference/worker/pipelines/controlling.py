@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -103,6 +103,11 @@ class Controls:
 
     def load(self) -> None:
         self._loaded = [self._library.controlnet(one.file) for one in self._units]
+
+    def unused(self) -> Iterable[tuple[ModelFile, list[str]]]:
+        """What each file has of which its ControlNet makes no use."""
+        for one, model in zip(self._units, self._loaded, strict=True):
+            yield one.file, model.unused
 
     def of(self, width: int, height: int, source: Source, *, hires: bool) -> list[Control]:
         """The units for pictures of a size. `hires`: for the second pass. Raises JobFailure if

@@ -77,8 +77,10 @@ class Library:
         """`config`: that of the checkpoint it is used with."""
 
         def load() -> Any:
-            with file.reading(self.place.device) as tensors:
+            with file.reading(self.place.device) as opened:
+                tensors = components.Tracked(opened)
                 vae = components.load_vae(file, tensors, config, self.place)
+                vae.unused = tensors.unused()
             return self._parts.share(vae)
 
         size = size_of_file(file, self.place)

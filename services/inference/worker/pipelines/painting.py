@@ -378,8 +378,10 @@ class Painting:
     def _load(self) -> None:
         plan, library = self.plan, self.library
         self.checkpoint = library.checkpoint(plan.checkpoint)
+        self._warn_of_rests(plan.checkpoint, self.checkpoint)
         if plan.vae is not None:
             self.vae = library.vae(plan.vae, self.checkpoint.configs.vae)
+            self._warn_unused(plan.vae, self.vae.unused)
         elif self.checkpoint.vae is not None:
             self.vae = self.checkpoint.vae
         else:
@@ -391,9 +393,26 @@ class Painting:
         self.refiner: Net | None = None
         if plan.refiner is not None:
             refiner = library.checkpoint(plan.refiner)
+            self._warn_of_rests(plan.refiner, refiner)
             same = refiner.family == self.checkpoint.family
             self.refiner = Net(refiner, self.worn if same else (), self.params.tiling)
         plan.controls.load()
+        for file, unused in plan.controls.unused():
+            self._warn_unused(file, unused)
+
+    def _warn_of_rests(self, file: ModelFile, checkpoint: Checkpoint) -> None:
+        self._warn_unused(file, checkpoint.unused)
+        if checkpoint.has_own_positions:
+            self._warn(
+                f"{file.name}: its position_ids are damaged; texts are read as if they were whole"
+            )
+
+    def _warn_unused(self, file: ModelFile, unused: Sequence[str]) -> None:
+        if unused:
+            self._warn(
+                f"{file.name}: {len(unused)} of its {len(file.header.tensors)} tensors have no part"
+                f" in what it makes here, {unused[0][:100]} among them"
+            )
 
     def _wear(
         self,
@@ -416,8 +435,9 @@ class Painting:
             if unplaced:
                 self._warn(
                     f"{file.name}: {len(unplaced)} of its {len(network.modules)} parts have no"
-                    f" place in {checkpoint_file.name}"
+                    f" place in {checkpoint_file.name}, {unplaced[0][:100]} among them"
                 )
+            self._warn_unused(file, network.unknown)
             worn.append(Worn(network, file.name, wanted.text_weight, wanted.unet_weight))
         return worn
 
@@ -451,6 +471,7 @@ class Painting:
         if self.plan.hr_checkpoint is not None:
             file = self.plan.hr_checkpoint
             checkpoint = self.library.checkpoint(file)
+            self._warn_of_rests(file, checkpoint)
         width, height, columns, rows = params.hires_size
         worn = self._wear(self.plan.hr_networks, checkpoint, file)
         refiner = self.refiner if self.settings.hires_fix_refiner_pass != "first pass" else None

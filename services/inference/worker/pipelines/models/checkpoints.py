@@ -23,7 +23,10 @@ from shared.weights.kinds import SD2, Kind
 
 
 class Checkpoint:
-    """One loaded checkpoint. `wardrobe` puts networks (LoRA) on it and takes them off."""
+    """One loaded checkpoint. `wardrobe` puts networks (LoRA) on it and takes them off.
+
+    `unused`: tensors in its file that have no place in it. `has_own_positions`: its file numbers
+    the tokens of a text in another way than from 0 to 76."""
 
     def __init__(self, file: ModelFile, place: Place, parts: Parts | None = None) -> None:
         """`parts`: of the other checkpoints that are loaded. Raises JobFailure for a file that is
@@ -34,7 +37,8 @@ class Checkpoint:
         self.file = file
         self.place = place
         self._parts = parts or Parts()
-        with file.reading(place.device) as tensors:
+        with file.reading(place.device) as opened:
+            tensors = components.Tracked(opened)
             self.unet = self._parts.share(components.load_unet(file, tensors, self.configs, place))
             self.text_encoders: list[TextEncoder] = components.load_text_encoders(
                 file, tensors, self.configs, self.kind.family, place
@@ -46,6 +50,8 @@ class Checkpoint:
                 self.vae = self._parts.share(
                     components.load_vae(file, tensors, self.configs.vae, place)
                 )
+            self.unused = tensors.unused()
+            self.has_own_positions = components.has_own_positions(opened)
         self._check_fit()
         trained = dict(self.configs.scheduler)
         if self.kind.family == SD2 and not tells_prediction(file.header):

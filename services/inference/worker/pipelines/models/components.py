@@ -6,6 +6,7 @@ tensor is told apart from a fault of ours; none is ever made up.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
@@ -73,13 +74,52 @@ class TextEncoder(msgspec.Struct, frozen=True):
         return int(self.model.config.hidden_size)
 
 
+class Tracked(Mapping[str, Tensor]):
+    """Tensors, and which of them were asked for."""
+
+    def __init__(self, tensors: Tensors) -> None:
+        self._tensors = tensors
+        self.asked: set[str] = set()
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self._tensors[name]
+        self.asked.add(name)
+        return tensor
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def unused(self, prefix: str = "") -> list[str]:
+        """Tensors that no part of a model has asked for, and that might have changed a picture."""
+        left = [name for name in self if name.startswith(prefix) and name not in self.asked]
+        return sorted(name for name in left if not _LEFT_BY_TRAINING.match(name))
+
+
+_LEFT_BY_TRAINING = re.compile(
+    r"(.*\.)?position_ids$|(first_stage_model\.)?(model_ema|loss)\."
+    r"|(cond_stage_model|conditioner\.embedders\.\d+)\."
+    r"((transformer|model)\.)?(logit_scale|text_projection|vision_model|visual_projection|visual)\b"
+    r"|cond_stage_model\.model\.transformer\.resblocks\.23\."
+    r"|((log|sqrt)_(one_minus_|recip_|recipm1_)?|one_minus_)?(betas|alphas)(_cumprod)?(_prev)?$"
+    r"|sqrt_recipm?1?_alphas_cumprod$|posterior_(variance|log_variance_clipped|mean_coef[12])$"
+    r"|logvar$|lvlb_weights$|scale_factor$|denoiser\.sigmas$|sigmas$|v_pred$|ztsnr$"
+)
+"""What acts on no picture: averages and losses of a training, its schedule, CLIP's other half, the
+last layer of SD 2.x's text encoder, which is not used, and what is read elsewhere."""
+
+
 def load_unet(file: ModelFile, tensors: Tensors, configs: Configs, place: Place) -> Any:
     with _told(file.name, "unet"):
         return _fill(
             lambda: UNet2DConditionModel.from_config(configs.unet),
             tensors,
             layouts.unet_sources(configs.unet),
-            layouts.UNET,
             place,
         )
 
@@ -88,11 +128,11 @@ def load_vae(file: ModelFile, tensors: Tensors, config: Mapping[str, Any], place
     """From a whole checkpoint, or from a file that is a VAE in either layout."""
     source_of: SourceOf
     if "encoder.conv_norm_out.weight" in file.header.tensors:
-        source_of, prefix = _same, ""
+        source_of = _same
     elif "encoder.conv_in.weight" in file.header.tensors:
-        source_of, prefix = layouts.vae_sources(config, ""), ""
+        source_of = layouts.vae_sources(config, "")
     else:
-        source_of, prefix = layouts.vae_sources(config), layouts.VAE
+        source_of = layouts.vae_sources(config)
     if config.get("force_upcast") and place.dtype == torch.float16:
         place = Place(place.device, torch.float32)  # it leaves the range of halves
     with _told(file.name, "vae"):
@@ -100,10 +140,15 @@ def load_vae(file: ModelFile, tensors: Tensors, config: Mapping[str, Any], place
             lambda: AutoencoderKL.from_config(dict(config)),
             tensors,
             source_of,
-            prefix or None,
             place,
         )
     return vae
+
+
+def has_own_positions(tensors: Tensors) -> bool:
+    """Some merges have left damaged position ids behind, which CLIP would go by if it read them."""
+    found = (tensors[name].flatten() for name in tensors if name.endswith("position_ids"))
+    return any(not torch.equal(ids.long(), torch.arange(len(ids)).to(ids.device)) for ids in found)
 
 
 def has_vae(file: ModelFile) -> bool:
@@ -122,7 +167,6 @@ def load_text_encoders(
                 _text_model(CLIPTextModel, configs.text_encoder),
                 _with_old_names(tensors, clip_prefix),
                 layouts.clip_sources(clip_prefix),
-                clip_prefix,
                 place,
             )
         encoders.append(
@@ -149,7 +193,6 @@ def load_text_encoders(
                 _text_model(kind, configs.text_encoder_2),
                 tensors,
                 layouts.open_clip_sources(open_clip_prefix),
-                None,  # has layers and a scale that are not used
                 place,
             )
         encoders.append(
@@ -193,10 +236,11 @@ def load_controlnet(file: ModelFile, place: Place) -> Any:
     else:
         prefix = layouts.CONTROL if any(n.startswith(layouts.CONTROL) for n in shapes) else ""
         source_of = layouts.controlnet_sources(config, prefix)
-    with file.reading(place.device) as tensors, _told(file.name, "ControlNet"):
-        return _fill(
-            lambda: ControlNetModel.from_config(config), tensors, source_of, prefix or None, place
-        )
+    with file.reading(place.device) as opened, _told(file.name, "ControlNet"):
+        tensors = Tracked(opened)
+        model = _fill(lambda: ControlNetModel.from_config(config), tensors, source_of, place)
+        model.unused = tensors.unused(prefix)
+        return model
 
 
 _SHARED_WITH_UNET = (
@@ -281,21 +325,17 @@ def _fill(
     build: Callable[[], Any],
     tensors: Tensors,
     source_of: SourceOf,
-    prefix: str | None,
     place: Place,
 ) -> Any:
-    """The model with these tensors for its parameters, on its place. With a `prefix` no tensor
-    under it may be left over."""
+    """The model with these tensors for its parameters, on its place."""
     with init_empty_weights(include_buffers=False):
         model = build()
     given: dict[str, Tensor] = {}
     missing: list[str] = []
-    used: set[str] = set()
     for name, wanted in model.state_dict().items():
         if name.endswith("position_ids"):
             continue
         source = source_of(name)
-        used.add(source.name)
         try:
             tensor = source.cut(tensors[source.name])
         except KeyError:
@@ -312,22 +352,11 @@ def _fill(
         given[name] = tensor.to(place.device, place.dtype)
     if missing:
         raise _WrongTensors(f"lacks {len(missing)} tensors, {missing[0]} among them")
-    unknown = [] if prefix is None else _left_over(tensors, used, prefix)
-    if unknown:
-        raise _WrongTensors(f"has {len(unknown)} tensors too many, {unknown[0]} among them")
     model.load_state_dict(given, strict=False, assign=True)
     model = model.to(place.device, place.dtype).eval().requires_grad_(False)
     if place.device.type == "cuda":  # what the convolutions of GPUs read fastest
         model = model.to(memory_format=torch.channels_last)
     return model
-
-
-def _left_over(tensors: Tensors, used: set[str], prefix: str) -> list[str]:
-    return [
-        name
-        for name in tensors
-        if name.startswith(prefix) and name not in used and not name.endswith("position_ids")
-    ]
 
 
 def size_of(*models: Any) -> int:

@@ -125,12 +125,18 @@ def _refused(name: str, would: str) -> str:
 
 def _load_pickle(path: Path, name: str, pickle: Pickle) -> dict[str, Tensor]:
     """With torch's loader that knows tensors and containers, and calls nothing else. The tensors of
-    a ZIP are mapped."""
+    a ZIP are mapped; not in a file called .safetensors, which torch would take by its name."""
     inert = [(_Inert, one) for one in pickle.called if one.startswith(LEFT_BY_TRAINING)]
+    misnamed = path.suffix.lower() == ".safetensors"
     in_zip = pickle.prefix is not None
     try:
-        with torch.serialization.safe_globals(inert):  # type: ignore[arg-type]
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=in_zip)
+        with torch.serialization.safe_globals(inert), path.open("rb") as opened:  # type: ignore[arg-type]
+            loaded = torch.load(
+                opened if misnamed else path,
+                map_location="cpu",
+                weights_only=True,
+                mmap=in_zip and not misnamed,
+            )
     except Exception as error:
         if is_out_of_memory(error):
             raise

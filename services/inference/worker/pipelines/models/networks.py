@@ -1,4 +1,5 @@
-"""Networks that change a checkpoint's weights: LoRA, LoCon, LoHa, LoKr, IA3 and full differences.
+"""Networks that change a checkpoint's weights: LoRA, LoCon, LoHa, LoKr, IA3 and full differences,
+any of them with DoRA.
 
 What a network adds to a weight is computed once and put into it; the weights as they were are kept
 and put back, bit for bit, when the next job wears something else. Steps then cost what they cost
@@ -7,6 +8,7 @@ without networks. The forms are those of kohya's scripts, LyCORIS, diffusers and
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import msgspec
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from services.inference.worker.pipelines import JobFailure
 from services.inference.worker.pipelines.memory import is_out_of_memory
@@ -25,29 +28,56 @@ from shared.weights.kinds import network_family, recognise
 Parts = dict[str, Tensor]
 """What a network has for one module: `lora_down.weight`, `alpha`, …"""
 
-_KOHYA = (("lora_unet_", "unet"), ("lora_te1_", "te1"), ("lora_te2_", "te2"), ("lora_te_", "te1"))
-_DIFFUSERS = (
+_PREFIXES = (
+    ("lora_unet_", "unet"),
+    ("lora_te1_", "te1"),
+    ("lora_te2_", "te2"),
+    ("lora_te_", "te1"),
+    ("oft_unet_", "unet"),
     ("unet.", "unet"),
     ("text_encoder_2.", "te2"),
     ("text_encoder.", "te1"),
-    ("base_model.model.", "unet"),
+    ("model.diffusion_model.", "unet"),
+    ("diffusion_model.", "unet"),
 )
-_RENAMED_PARTS = {
-    "lora_A.weight": "lora_down.weight",
-    "lora_A.default.weight": "lora_down.weight",
-    "lora.down.weight": "lora_down.weight",
-    "lora_linear_layer.down.weight": "lora_down.weight",
-    "lora_B.weight": "lora_up.weight",
-    "lora_B.default.weight": "lora_up.weight",
-    "lora.up.weight": "lora_up.weight",
-    "lora_linear_layer.up.weight": "lora_up.weight",
-}
+_PEFT = "base_model.model."
+"""What PEFT puts before the names of a model's modules, with or without a prefix before it."""
+_OF_TEXT_ENCODERS = ("text_model.", "encoder.layers.")
+_OF_UNETS = re.compile(
+    r"(down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding|add_embedding|input_blocks"
+    r"|middle_block|output_blocks|time_embed|label_emb|out)\."
+)
+_COMMON = {"alpha", "scale", "diff_b", "b_norm"}
+_DORA = {"dora_scale", "lora_magnitude_vector"}
+_FORMS: tuple[tuple[set[str], set[str]], ...] = (
+    ({"lora_up.weight", "lora_down.weight"}, {"lora_mid.weight"}),
+    ({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}, {"hada_t1", "hada_t2"}),
+    ({"lokr_w1", "lokr_w2"}, set()),
+    ({"lokr_w1_a", "lokr_w1_b", "lokr_w2"}, set()),
+    ({"lokr_w1", "lokr_w2_a", "lokr_w2_b"}, {"lokr_t2"}),
+    ({"lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b"}, {"lokr_t2"}),
+    ({"weight"}, {"on_input"}),
+    ({"diff"}, set()),
+    ({"w_norm"}, set()),
+)
+"""What each form of network has for a module, and what it may have besides."""
+_UNKNOWN_HERE = {"oft_blocks": "OFT", "oft_diag": "OFT", "a1.weight": "GLoRA"}
+_KNOWN_PARTS = _COMMON | _DORA | set().union(*(one | more for one, more in _FORMS))
+_SPELLINGS = (
+    (re.compile(r"lora(_A|\.down|_linear_layer\.down)(\.\w+)?\.weight"), "lora_down.weight"),
+    (re.compile(r"lora(_B|\.up|_linear_layer\.up)(\.\w+)?\.weight"), "lora_up.weight"),
+    (re.compile(r"lora_magnitude_vector(\.\w+){0,2}"), "lora_magnitude_vector"),
+)
+"""How diffusers and PEFT call the parts of kohya's files; with the name of an adapter, or not."""
 _PART_OF_PROCESSOR = re.compile(r"(.*)\.processor\.(to_\w+)_lora\.(down|up)\.weight")
-_UNKNOWN_HERE = {"dora_scale": "DoRA", "oft_blocks": "OFT", "oft_diag": "OFT", "a1.weight": "GLoRA"}
+_BUNDLED = re.compile(r"bundle_emb\.(.+?)\.(string_to_param\..+|clip_l|clip_g|[^.]+)")
 
 
 class NetworkFile:
-    """One network: what it has for which module. Raises JobFailure for a file that is none."""
+    """One network. `modules`: what it has for which module. `bundled`: the tensors of embeddings
+    that come with it, by their names. `unknown`: its tensors of which nothing is known here.
+
+    Raises JobFailure for a file that is none, or of a form that is not known here."""
 
     def __init__(self, file: ModelFile) -> None:
         kind = recognise(file.header)
@@ -56,44 +86,104 @@ class NetworkFile:
         self.file = file
         self.family = network_family(file.header)
         self.modules: dict[str, Parts] = {}
+        self.bundled: dict[str, dict[str, Tensor]] = {}
+        self.unknown: list[str] = []
         for key, tensor in file.read().items():
+            bundled = _BUNDLED.fullmatch(key)
+            if bundled:
+                self.bundled.setdefault(bundled[1], {})[bundled[2]] = tensor
+                continue
             place = _place(key)
-            if place is not None:
-                module, part = place
-                self.modules.setdefault(module, {})[part] = tensor
-        for parts in self.modules.values():
-            for sign, what in _UNKNOWN_HERE.items():
-                if sign in parts:
-                    raise JobFailure(
-                        f"{file.name} is a network of the form {what}, which is not known here;"
-                        " LoRA, LoCon, LoHa, LoKr, IA3 and full differences are"
-                    )
+            if place is None:
+                self.unknown.append(key)
+                continue
+            module, part = place
+            if part in self.modules.setdefault(module, {}):
+                raise JobFailure(f"{file.name} has the {part} of {module} twice")
+            self.modules[module][part] = tensor
+        self._check_forms()
+
+    def _check_forms(self) -> None:
+        name = self.file.name
+        useless = [
+            (module, part) for module, parts in self.modules.items() for part in _useless(parts)
+        ]
+        for _, part in useless:
+            if part in _UNKNOWN_HERE:
+                raise JobFailure(
+                    f"{name} is a network of the form {_UNKNOWN_HERE[part]}, which is not known"
+                    f" here; {_KNOWN_FORMS} are"
+                )
+        if useless:
+            module, part = useless[0]
+            raise JobFailure(
+                f"{name} is incomplete or of a form that is not known here ({_KNOWN_FORMS} are):"
+                f" {len(useless)} of its tensors have no use, the {part} of {module} among them"
+            )
+        for module, parts in self.modules.items():
+            for part in ("alpha", "scale", "on_input"):
+                if part in parts and parts[part].numel() != 1:
+                    raise JobFailure(f"{name}: the {part} of {module} is not one number")
 
     def tensors(self) -> list[Tensor]:
-        return [tensor for parts in self.modules.values() for tensor in parts.values()]
+        held = (*self.modules.values(), *self.bundled.values())
+        return [tensor for parts in held for tensor in parts.values()]
+
+
+_KNOWN_FORMS = "LoRA, LoCon, LoHa, LoKr, IA3, full differences, and DoRA on them"
+
+
+def _useless(parts: Parts) -> set[str]:
+    """What nothing can be done with: all that does not belong to the form that is complete."""
+    for required, optional in _FORMS:
+        if required <= parts.keys():
+            return parts.keys() - required - optional - _COMMON - _one_of(_DORA, parts)
+    return parts.keys() - _COMMON
+
+
+def _one_of(names: set[str], parts: Parts) -> set[str]:
+    there = names & parts.keys()
+    return there if len(there) == 1 else set()
 
 
 def _place(key: str) -> tuple[str, str] | None:
-    """`lora_unet_mid_block_…_to_q.lora_down.weight` -> (`unet:mid_block_…_to_q`, part)."""
-    for prefix, component in _KOHYA:
-        if key.startswith(prefix):
-            module, _, part = key.removeprefix(prefix).partition(".")
-            return f"{component}:{module}", part
+    """`lora_unet_mid_block_…_to_q.lora_down.weight` -> (`unet:mid_block_…_to_q`, part); None where
+    it is of no model that is known here."""
     processor = _PART_OF_PROCESSOR.fullmatch(key)
     if processor:
         target = "to_out.0" if processor[2] == "to_out" else processor[2]
         key = f"{processor[1]}.{target}.lora.{processor[3]}.weight"
-    for prefix, component in _DIFFUSERS:
-        if not key.startswith(prefix):
-            continue
-        path = key.removeprefix(prefix)
-        for ending, part in (*_RENAMED_PARTS.items(), ("alpha", "alpha")):
-            if path.endswith(f".{ending}"):
-                module = path.removesuffix(f".{ending}")
-                if component != "unet":
-                    module = f"text_model.{module.removeprefix('text_model.')}"
-                return f"{component}:{module.replace('.', '_')}", part
-    return None
+    component, path = next(
+        ((name, key.removeprefix(prefix)) for prefix, name in _PREFIXES if key.startswith(prefix)),
+        ("", key),
+    )
+    path = path.removeprefix(_PEFT)
+    if not component:
+        component = "unet" if _OF_UNETS.match(path) else ""
+        component = "te1" if path.startswith(_OF_TEXT_ENCODERS) else component
+    if not component:
+        return None
+    module, part = _split(path)
+    module = module.replace(".", "_")
+    if component != "unet" and not module.startswith("text_model_"):
+        module = f"text_model_{module}"
+    return f"{component}:{module}", part
+
+
+def _split(path: str) -> tuple[str, str]:
+    """The module and its part. Modules have dots in most layouts, and parts as well: so a part is
+    the longest end that is known, else what follows the first dot."""
+    pieces = path.split(".")
+    for number in range(1, len(pieces)):
+        module, part = ".".join(pieces[:number]), ".".join(pieces[number:])
+        for spelling, name in _SPELLINGS:
+            if spelling.fullmatch(part):
+                return module, name
+        plain = part == "weight" and number > 1  # a whole weight, and none of IA3's
+        if (part in _KNOWN_PARTS and not plain) or part in _UNKNOWN_HERE:
+            return module, part
+    module, _, part = path.partition(".")
+    return module, part
 
 
 class Worn(msgspec.Struct, frozen=True, eq=False):
@@ -143,7 +233,9 @@ class Wardrobe:
                 parameter: Tensor = getattr(module, field)
                 bare = self._bare[module, field] = parameter.data
                 wide = bare.float()
-                parameter.data = (wide + sum(change(wide) for change in added)).to(bare.dtype)
+                for change in added:  # one after the other: some go by what they are put on
+                    wide = wide + change(wide)
+                parameter.data = wide.to(bare.dtype)
         except Exception:
             self.take_off()
             raise
@@ -189,15 +281,15 @@ Change = Callable[[Tensor], Tensor]
 
 def _weight_change(parts: Parts, file: str, module: str, shape: tuple[int, ...]) -> Change | None:
     """What to add to a weight; None if nothing. Raises JobFailure where it does not fit."""
-    if not parts.keys() - {"alpha", "scale", "diff_b", "b_norm"}:
+    if not parts.keys() - _COMMON:
         return None
 
     def change(bare: Tensor) -> Tensor:
         wide = {part: tensor.to(bare.device, torch.float32) for part, tensor in parts.items()}
         try:
-            delta = _delta(wide, bare)
-            return (delta * _scale(parts)).reshape(shape)
-        except (RuntimeError, IndexError, KeyError) as error:
+            delta = _fitted(_delta(wide, bare) * _scale(parts), shape)
+            return _decomposed(bare, delta, wide) if _DORA & wide.keys() else delta
+        except (RuntimeError, IndexError, KeyError, ValueError) as error:
             if is_out_of_memory(error):
                 raise
             raise JobFailure(
@@ -205,6 +297,32 @@ def _weight_change(parts: Parts, file: str, module: str, shape: tuple[int, ...])
             ) from error
 
     return change
+
+
+def _fitted(delta: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """In the shape of the weight. The first convolution of an inpainting checkpoint also sees a
+    mask and a picture: a network for one that does not leaves these alone, as in the webui."""
+    if len(shape) == 4 and shape[1] == 9 and delta.numel() * 9 == math.prod(shape) * 4:
+        return pad(delta.reshape(shape[0], 4, *shape[2:]), (0, 0, 0, 0, 0, 5))
+    if delta.shape[0] != shape[0]:
+        raise ValueError("another number of rows")
+    return delta.reshape(shape)
+
+
+def _decomposed(bare: Tensor, delta: Tensor, parts: Parts) -> Tensor:
+    """What DoRA adds, https://arxiv.org/abs/2402.09353: the changed weight gets the magnitudes that
+    were learned. PEFT has one for each output, and LyCORIS too if it says so by its shape; the
+    first files, which are those that the webui reads, have one for each input: (1, inputs, 1, 1)"""
+    if bare.ndim < 2:
+        raise ValueError("a vector has no direction for each of its numbers")
+    merged = bare + delta
+    inputs = "dora_scale" in parts and parts["dora_scale"].shape[:2] == (1, *bare.shape[1:2])
+    axis = 1 if inputs else 0
+    learned = parts["dora_scale"] if "dora_scale" in parts else parts["lora_magnitude_vector"]
+    others = [dim for dim in range(bare.ndim) if dim != axis]
+    length = torch.linalg.vector_norm(merged, dim=others, keepdim=True)
+    scale: Tensor = learned.reshape(length.shape) / length.clamp(min=torch.finfo(length.dtype).eps)
+    return merged * scale - bare
 
 
 def _bias_change(parts: Parts, file: str, module: str, shape: tuple[int, ...]) -> Change | None:
@@ -233,9 +351,10 @@ def _delta(parts: Parts, bare: Tensor) -> Tensor:
     if "lokr_w1" in parts or "lokr_w1_a" in parts:
         return _kronecker(_lokr_factor(parts, 1), _lokr_factor(parts, 2))
     if "weight" in parts:
-        factors = parts["weight"]
+        sides = [1] * bare.ndim
         on_input = "on_input" in parts and bool(parts["on_input"])
-        return bare * (factors.reshape(1, -1) if on_input else factors.reshape(-1, 1))
+        sides[1 if on_input else 0] = -1
+        return bare * parts["weight"].reshape(sides)
     return parts["diff"] if "diff" in parts else parts["w_norm"]
 
 
@@ -268,9 +387,8 @@ def _kronecker(one: Tensor, two: Tensor) -> Tensor:
 _RANK_OF = (
     ("lora_down.weight", 0),
     ("hada_w1_b", 0),
-    ("lokr_w1_b", 0),
     ("lokr_w2_b", 0),
-    ("lokr_t2", 0),
+    ("lokr_w1_b", 0),
 )
 
 
