@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -50,13 +50,27 @@ class ObjectSettings(msgspec.Struct, frozen=True, kw_only=True):
     s3_region: str = "us-east-1"
 
 
+def variables(struct: type[msgspec.Struct]) -> dict[str, str]:
+    """The names of fields, those of structs within it included -> their variables."""
+    found: dict[str, str] = {}
+    for field in msgspec.structs.fields(struct):
+        if _is_struct(field.type):
+            found |= variables(field.type)
+        else:
+            found[field.name] = PREFIX + field.name.upper()
+    return found
+
+
 def load(struct: type[T], environ: Mapping[str, str] = os.environ) -> T:
-    """Reads every field of `struct`. Raises SystemExit that names what is missing or wrong."""
-    values: dict[str, str] = {}
+    """Reads every field of `struct`, and those of structs within it. Raises SystemExit that names
+    what is missing or wrong."""
+    values: dict[str, Any] = {}
     secrets = read_env_file(Path(environ[SECRETS])) if SECRETS in environ else {}
     for field in msgspec.structs.fields(struct):
         name = PREFIX + field.name.upper()
-        if name in environ:
+        if _is_struct(field.type):
+            values[field.name] = load(field.type, environ)
+        elif name in environ:
             values[field.name] = environ[name]
         elif name + "_FILE" in environ:
             values[field.name] = Path(environ[name + "_FILE"]).read_text().strip()
@@ -68,6 +82,10 @@ def load(struct: type[T], environ: Mapping[str, str] = os.environ) -> T:
         return msgspec.convert(values, struct, strict=False)
     except msgspec.ValidationError as error:
         raise SystemExit(f"bad setting: {error}") from None
+
+
+def _is_struct(type_: object) -> bool:
+    return isinstance(type_, type) and issubclass(type_, msgspec.Struct)
 
 
 def read_env_file(path: Path) -> dict[str, str]:

@@ -24,7 +24,8 @@ from deploy.local.installation import (
     SERVICES,
     Installation,
 )
-from shared.settings import read_env_file
+from shared.settings import read_env_file, variables
+from shared.webui.settings import WebuiSettings
 
 PASS_THROUGH = (
     # all
@@ -86,6 +87,7 @@ PASS_THROUGH = (
     "DARKROOM_SAMPLES_FORMAT",
     "DARKROOM_COMPILE",
     "DARKROOM_COMPILE_MODE",
+    *variables(WebuiSettings).values(),
 )
 """What `settings.env` or the shell of `just up` may set for the services; the shell wins."""
 

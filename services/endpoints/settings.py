@@ -12,7 +12,8 @@ import msgspec
 from services.endpoints.domain import InstanceType, InstanceTypes
 from services.endpoints.launchers import Program
 from services.endpoints.launchers.gpus import visible_gpus
-from shared.settings import ServiceSettings
+from shared.settings import ServiceSettings, variables
+from shared.webui.settings import WebuiSettings
 
 BUILT_IN: Mapping[str, InstanceType | str] = {
     "cpu": InstanceType(device="cpu", max=4, image="darkroom/worker-cpu"),
@@ -54,6 +55,7 @@ class Settings(ServiceSettings, frozen=True, kw_only=True):
     - `worker_cache`: a folder; for containers that of their machine, or the name of a volume.
     - `worker_threads`: OMP_NUM_THREADS of a worker; 0 leaves it as it is here.
     - those in HANDED_ON: for the workers, which say what they mean and have the defaults.
+    - `webui`: for the workers, too; what is wrong in it stops this service as it starts.
     - `worker_ready_within`, `worker_stop_within`, `worker_silent_within`: seconds until a worker
       that is not ready, not gone, or not heard of is given up.
     - `drain_seconds`: for a worker to finish its jobs when its endpoint is deleted or scaled in.
@@ -99,6 +101,7 @@ class Settings(ServiceSettings, frozen=True, kw_only=True):
     samples_format: str = ""
     compile: str = ""
     compile_mode: str = ""
+    webui: WebuiSettings = WebuiSettings()
     worker_ready_within: float = 300.0
     worker_stop_within: float = 10.0
     worker_silent_within: float = 15.0
@@ -172,6 +175,9 @@ class Settings(ServiceSettings, frozen=True, kw_only=True):
         for name in HANDED_ON:
             if value := getattr(self, name):
                 environment[f"DARKROOM_{name.upper()}"] = str(value)
+        for name, variable in variables(WebuiSettings).items():
+            if (told := getattr(self.webui, name)) != getattr(WebuiSettings(), name):
+                environment[variable] = str(told)
         if self.worker_threads:
             environment["OMP_NUM_THREADS"] = str(self.worker_threads)
         return environment

@@ -1,4 +1,5 @@
 """What bodies written for AUTOMATIC1111's webui mean, as far as that needs no models.
 
-titles.py   the names that people use for model files
+titles.py     the names that people use for model files
+settings.py   what a deployment decides about bodies
 """

@@ -24,7 +24,7 @@ from services.inference.worker.pipelines.params.cutting import CuttingParams
 from services.inference.worker.pipelines.params.enlarging import EnlargingParams
 from services.inference.worker.pipelines.params.painting import OverrideSettings, PaintingParams
 from shared.contracts.registry import TYPES, is_command
-from shared.settings import SECRETS, ObjectSettings
+from shared.settings import SECRETS, ObjectSettings, variables
 
 ROOT = Path(__file__).resolve().parents[2]
 FIELDS = ROOT / "services" / "inference" / "FIELDS.md"
@@ -107,11 +107,7 @@ def known_settings() -> set[str]:
         ObjectSettings,
         *(importlib.import_module(module).Settings for module in modules),
     ]
-    return {
-        f"DARKROOM_{field.name.upper()}"
-        for struct in structs
-        for field in msgspec.structs.fields(struct)
-    }
+    return {name for struct in structs for name in variables(struct).values()}
 
 
 def _folders(readme: str) -> Iterator[str]:

@@ -17,6 +17,7 @@ from services.endpoints.launchers.process import ProcessLauncher
 from services.endpoints.settings import Settings
 from shared.errors import Rejected
 from shared.settings import load
+from shared.webui.settings import WebuiSettings
 
 GPU = InstanceType(device="cuda", max=9)
 PAIR = InstanceType(device="cuda", max=9, gpus=2)
@@ -165,6 +166,16 @@ def test_what_a_launcher_lacks_stops_the_service_at_start(
 ) -> None:
     with pytest.raises(SystemExit, match=complaint):
         choose_launcher(settings(**missing))
+
+
+def test_workers_are_told_what_is_set_for_bodies() -> None:
+    assert not any("MAX" in name for name in settings().program().environment)
+    told = settings(max_steps="200", max_eta="2.5", webui_version="1.10").program().environment
+    assert told["DARKROOM_MAX_STEPS"] == "200"
+    of_workers = load(WebuiSettings, told)
+    assert of_workers == WebuiSettings(max_steps=200, max_eta=2.5, webui_version="1.10")
+    with pytest.raises(SystemExit, match="max_steps"):
+        settings(max_steps="2000")
 
 
 def test_secrets_are_no_part_of_what_launchers_show() -> None:

@@ -5,6 +5,7 @@ from typing import Literal
 import msgspec
 
 from shared.settings import BusSettings
+from shared.webui.settings import WebuiSettings
 
 CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
 
@@ -17,7 +18,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     and full on a CPU. `preview_seconds`: between two previews of a job, 0 for none. `format`: of
     pictures, unless a job says otherwise. `ram_bytes`, `gpu_bytes`: what loaded models may take of
     the RAM and of the GPU's memory; 0 is half of what there is, of the container if that has
-    less."""
+    less. `webui`: what bodies may say."""
 
     jobs: int = 8
     rows: int = 64
@@ -28,6 +29,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     compile_mode: CompileMode = "default"
     ram_bytes: int = 0
     gpu_bytes: int = 0
+    webui: WebuiSettings = WebuiSettings()
 
 
 class Settings(BusSettings, frozen=True, kw_only=True):
@@ -58,6 +60,7 @@ class Settings(BusSettings, frozen=True, kw_only=True):
     compile_mode: CompileMode = "default"
     ram_bytes: int = 0
     gpu_bytes: int = 0
+    webui: WebuiSettings = WebuiSettings()
 
     @property
     def engine_options(self) -> EngineOptions:
@@ -71,4 +74,5 @@ class Settings(BusSettings, frozen=True, kw_only=True):
             compile_mode=self.compile_mode,
             ram_bytes=self.ram_bytes,
             gpu_bytes=self.gpu_bytes,
+            webui=self.webui,
         )

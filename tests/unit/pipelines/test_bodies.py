@@ -21,7 +21,9 @@ from services.inference.worker.pipelines.params.painting import (
     PaintingParams,
     parse_painting,
 )
+from services.inference.worker.pipelines.params.reading import Body, read_body
 from services.inference.worker.pipelines.sampling.names import SAMPLERS, find_sampler
+from shared.webui.settings import WebuiSettings
 
 PICTURE = "iVBORw0KGgo="
 
@@ -29,13 +31,17 @@ PICTURE = "iVBORw0KGgo="
 def read(task_type: str = "txt2img", **body: Any) -> tuple[PaintingParams, list[str]]:
     if task_type == "img2img":
         body.setdefault("init_images", [PICTURE])
-    params, _, warnings = parse_painting(json.dumps(body).encode(), task_type)
-    return params, warnings
+    return parse_painting(sent(body), task_type, WebuiSettings())
 
 
-def reason_of(body: bytes, task_type: str = "txt2img") -> str:
+def sent(body: object) -> Body:
+    """As a worker has it once it has come."""
+    return read_body(json.dumps(body).encode())
+
+
+def reason_of(body: bytes, task_type: str = "txt2img", **webui: Any) -> str:
     with pytest.raises(JobFailure) as failure:
-        parse_painting(body, task_type)
+        parse_painting(read_body(body), task_type, WebuiSettings(**webui))
     return str(failure.value)
 
 
@@ -45,10 +51,10 @@ def reason_of(body: bytes, task_type: str = "txt2img") -> str:
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        ('{"steps": 0}', "steps: got 0, allowed is a whole number from 1 to 150"),
-        ('{"steps": "many"}', 'steps: got "many", allowed is a whole number from 1 to 150'),
-        ('{"steps": true}', "steps: got true, allowed is a whole number from 1 to 150"),
-        ('{"steps": 20.5}', "steps: got 20.5, allowed is a whole number from 1 to 150"),
+        ('{"steps": 0}', "steps: got 0, allowed is a whole number from 1 to 1000"),
+        ('{"steps": "many"}', 'steps: got "many", allowed is a whole number from 1 to 1000'),
+        ('{"steps": true}', "steps: got true, allowed is a whole number from 1 to 1000"),
+        ('{"steps": 20.5}', "steps: got 20.5, allowed is a whole number from 1 to 1000"),
         ('{"cfg_scale": NaN}', "cfg_scale: got NaN, allowed is a number from 0 to 100"),
         ('{"cfg_scale": Infinity}', "cfg_scale: got Infinity, allowed is a number from 0 to 100"),
         ('{"cfg_scale": "1e999"}', 'cfg_scale: got "1e999", allowed is a number from 0 to 100'),
@@ -57,7 +63,7 @@ def reason_of(body: bytes, task_type: str = "txt2img") -> str:
         ('{"sampler_index": 5.5}', "sampler_index: got 5.5, allowed is a text or a whole number"),
         (
             '{"init_images": "x"}',
-            "init_images: got 'x', allowed is a list of 0 to 32 items",
+            "init_images: got 'x', allowed is a list of items, each a text",
         ),
         ('{"init_images": [5]}', "init_images[0]: got 5, allowed is a text"),
         ('{"hr_scale": 0.5}', "hr_scale: got 0.5, allowed is a number from 1 to 8"),
@@ -101,18 +107,18 @@ def test_a_wrong_field_is_named_with_what_is_allowed(body: str, reason: str) -> 
 
 
 BOUNDS: dict[str, tuple[float | None, float | None]] = {
-    "steps": (1, 150),
+    "steps": (1, 1000),
     "cfg_scale": (0, 100),
-    "seed": (-1, 2**53 - 1),
-    "subseed": (-1, 2**53 - 1),
+    "seed": (-(2**63), 2**64 - 1),
+    "subseed": (-(2**63), 2**64 - 1),
     "subseed_strength": (0, 1),
     "seed_resize_from_h": (None, 4096),
     "seed_resize_from_w": (None, 4096),
-    "width": (64, 2048),
-    "height": (64, 2048),
-    "batch_size": (1, 32),
-    "n_iter": (1, 100),
-    "eta": (0, 1),
+    "width": (64, 4096),
+    "height": (64, 4096),
+    "batch_size": (1, 128),
+    "n_iter": (1, 1000),
+    "eta": (0, 10),
     "s_churn": (0, 1000),
     "s_tmin": (0, 1000),
     "s_tmax": (0, None),
@@ -120,11 +126,11 @@ BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "s_min_uncond": (0, 15),
     "refiner_switch_at": (0, 1),
     "hr_scale": (1, 8),
-    "hr_second_pass_steps": (0, 150),
+    "hr_second_pass_steps": (0, 1000),
     "hr_resize_x": (0, 4096),
     "hr_resize_y": (0, 4096),
-    "firstphase_width": (0, 2048),
-    "firstphase_height": (0, 2048),
+    "firstphase_width": (0, 4096),
+    "firstphase_height": (0, 4096),
     "denoising_strength": (0, 1),
     "resize_mode": (0, 3),
     "mask_blur": (0, 256),
@@ -139,9 +145,9 @@ BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "override_settings.s_tmin": (0, 1000),
     "override_settings.CLIP_stop_at_last_layers": (1, 12),
     "override_settings.comma_padding_backtrack": (0, 74),
-    "override_settings.eta_ancestral": (0, 1),
-    "override_settings.eta_ddim": (0, 1),
-    "override_settings.eta_noise_seed_delta": (-(2**53) + 1, 2**53 - 1),
+    "override_settings.eta_ancestral": (0, 10),
+    "override_settings.eta_ddim": (0, 10),
+    "override_settings.eta_noise_seed_delta": (-(2**63), 2**64 - 1),
     "override_settings.img2img_extra_noise": (0, 1),
     "override_settings.initial_noise_multiplier": (0, 1.5),
     "override_settings.inpainting_mask_weight": (0, 1),
@@ -195,6 +201,69 @@ def test_a_number_may_be_its_bounds_and_nothing_beyond(field: str) -> None:
         assert reason_of(raw.encode(), "img2img").startswith(f"{field}: got {nothing}, allowed is ")
 
 
+@pytest.mark.parametrize(
+    ("webui", "body", "reason"),
+    [
+        ({"max_steps": 30}, {"steps": 31}, "steps: got 31, allowed is a whole number from 1 to 30"),
+        ({"max_steps": 30}, {}, "steps: got 50, allowed is a whole number from 1 to 30"),
+        ({"max_steps": 50}, {"hr_second_pass_steps": "51"}, 'hr_second_pass_steps: got "51", all'),
+        ({"max_side": 512}, {"width": 520}, "width: got 520, allowed is a whole number from 64 to"),
+        (
+            {"max_side": 512},
+            {"enable_hr": True, "hr_scale": 1.1},
+            "hires fix: got a size of 563x563, allowed are sides from 64 to 512",
+        ),
+        ({"max_batch_size": 2}, {"batch_size": 3}, "batch_size: got 3, allowed is a whole number"),
+        ({"max_n_iter": 2}, {"n_iter": 3}, "n_iter: got 3, allowed is a whole number from 1 to 2"),
+        (
+            {"max_pictures": 3},
+            {"batch_size": 2, "n_iter": 2},
+            "batch_size and n_iter: got 2 x 2 pictures, allowed are 3 in all",
+        ),
+        (
+            {"max_prompt_length": 5},
+            {"prompt": "flower"},
+            "prompt: got another value (str), allowed is a text of up to 5 characters",
+        ),
+        ({"max_eta": 1}, {"eta": 2}, "eta: got 2, allowed is a number from 0 to 1"),
+        (
+            {"max_eta": 1},
+            {"override_settings": {"eta_ddim": 2}},
+            "override_settings.eta_ddim: got 2, allowed is a number from 0 to 1",
+        ),
+    ],
+)
+def test_a_deployment_says_what_is_too_much(
+    webui: dict[str, Any], body: dict[str, Any], reason: str
+) -> None:
+    read(**body)
+    assert reason_of(json.dumps(body).encode(), **webui).startswith(reason)
+    least = reason_of(b'{"steps": 0}', max_steps=30)
+    assert least == "steps: got 0, allowed is a whole number from 1 to 30"
+
+
+def test_seeds_have_64_bits_as_in_the_webui() -> None:
+    for seed in (-2, -(2**63), 2**53, 10788741199826055000, 2**64 - 1):
+        assert read(seed=seed, subseed=seed)[0].seed == seed
+    told = reason_of(json.dumps({"seed": 2**64 - 2, "batch_size": 3}).encode())
+    assert told == (
+        "seed: got 18446744073709551614 for the first of 3 pictures, allowed is up to"
+        " 18446744073709551615 for the last"
+    )
+
+
+ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32", "utf-32-be"]
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_json_is_the_same_in_any_encoding(encoding: str) -> None:
+    body = {"prompt": "ein Käfer \N{BEETLE}", "script_name": "X/Y/Z plot"}
+    plain = json.dumps(body, ensure_ascii=False)
+    escaped = "".join(f"\\u{ord(c):04x}" if c in "XYZ/" else c for c in plain)
+    for text in (plain, escaped, json.dumps(body), json.dumps(body, indent=4)):
+        assert read_body(text.encode(encoding)) == body
+
+
 def test_texts_may_be_long_and_no_longer() -> None:
     for field in ("prompt", "negative_prompt", "hr_prompt", "hr_negative_prompt"):
         read(**{field: "a" * 20_000})
@@ -207,7 +276,7 @@ def test_a_reason_does_not_quote_prompts_and_says_little_of_long_values() -> Non
     told = reason_of(json.dumps({"prompt": {"secret": "wish"}}).encode())
     assert "wish" not in told
     told = reason_of(json.dumps({"width": "9" * 5000}).encode())
-    assert told == "width: got 5000 characters, allowed is a whole number from 64 to 2048"
+    assert told == "width: got 5000 characters, allowed is a whole number from 64 to 4096"
     told = reason_of(json.dumps({"width": [9] * 5000}).encode())
     assert len(told) < 200
 
@@ -224,8 +293,8 @@ def test_a_reason_does_not_quote_prompts_and_says_little_of_long_values() -> Non
         ),
         (
             "txt2img",
-            {"batch_size": 2, "n_iter": 65},
-            "batch_size and n_iter: got 2 x 65 pictures, allowed are 128 in all",
+            {"batch_size": 2, "n_iter": 501},
+            "batch_size and n_iter: got 2 x 501 pictures, allowed are 1000 in all",
         ),
         (
             "txt2img",
@@ -255,12 +324,12 @@ def test_a_reason_does_not_quote_prompts_and_says_little_of_long_values() -> Non
         (
             "txt2img",
             {"firstphase_width": 8},
-            "firstphase_width: got 8, allowed is a whole number from 64 to 2048",
+            "firstphase_width: got 8, allowed is a whole number from 64 to 4096",
         ),
         (
             "txt2img",
             {"firstphase_height": 63},
-            "firstphase_height: got 63, allowed is a whole number from 64 to 2048",
+            "firstphase_height: got 63, allowed is a whole number from 64 to 4096",
         ),
         (
             "txt2img",
@@ -286,7 +355,8 @@ def test_bodies_of_real_clients_are_read() -> None:
         "override_settings": {"sd_vae": "Automatic", "eta_noise_seed_delta": 31337, "bar": NaN,
             "randn_source": "GPU", "rho": null},
         "alwayson_scripts": {"controlnet": {"args": []}, "Tiled VAE": {"args": [true]}}}"""
-    params, raw, warnings = parse_painting(body, "txt2img")
+    raw = read_body(body)
+    params, warnings = parse_painting(raw, "txt2img", WebuiSettings())
     assert (params.steps, params.width, params.sampler.name) == (20, 512, "DPM++ 2M Karras")
     assert (params.seed, params.tiling, params.batch_size) == (12, False, 2)
     assert params.highest_churn == math.inf
@@ -405,9 +475,8 @@ def test_numbers_of_img2img_may_come_as_text() -> None:
 
 def test_texts_with_half_characters_are_read() -> None:
     """A tokenizer and a log take whole characters only."""
-    params, raw, _ = parse_painting(
-        rb'{"prompt": "a \ud800 b", "\udfff": "\ud83d\ude00"}', "txt2img"
-    )
+    raw = read_body(rb'{"prompt": "a \ud800 b", "\udfff": "\ud83d\ude00"}')
+    params, _ = parse_painting(raw, "txt2img", WebuiSettings())
     assert params.prompt == "a ? b"
     assert raw["?"] == "\N{GRINNING FACE}"
 
@@ -672,12 +741,13 @@ def test_units_are_no_field_of_their_own() -> None:
 
 
 def test_bodies_of_rembg_are_read() -> None:
-    params, raw, warnings = parse_cutting(
+    raw = read_body(
         b"""{"input_image": "x", "model": "sam", "return_mask": "true", "bgcolor": [1, 2, 3],
         "alpha_matting_erode_size": "7", "foo": null, "bar": 1,
         "sam_prompt": [{"type": "point", "data": [3, 4]},
                        {"type": "rectangle", "data": [1, 2, 3, 4], "label": 0}]}"""
     )
+    params, warnings = parse_cutting(raw)
     assert (params.return_mask, params.bgcolor, params.alpha_matting_erode_size) == (
         True,
         [1, 2, 3],
@@ -713,20 +783,22 @@ def test_bodies_of_rembg_are_read() -> None:
 )
 def test_a_wrong_field_of_rembg_is_named(body: dict[str, Any], reason: str) -> None:
     with pytest.raises(JobFailure) as failure:
-        parse_cutting(json.dumps(body).encode())
+        parse_cutting(sent(body))
     assert str(failure.value).startswith(reason)
 
 
 def test_bodies_of_extras_are_read() -> None:
-    params, _, warnings = parse_enlarging(
+    raw = read_body(
         b"""{"image": "x", "resize_mode": "1", "upscaling_resize_w": "64", "upscaler_1": "Lanczos",
         "upscaling_resize_h": 128, "upscaling_crop": 0, "extras_upscaler_2_visibility": 0.5,
         "gfpgan_visibility": 0, "codeformer_visibility": 0, "codeformer_weight": 0,
         "show_extras_results": true, "upscale_first": false, "imageList": []}"""
     )
+    params, warnings = parse_enlarging(raw, WebuiSettings())
     assert (params.resize_mode, params.upscaling_resize_w, params.upscaling_crop) == (1, 64, False)
     assert warnings == ["imageList: no effect here"]
-    _, _, warnings = parse_enlarging(b'{"gfpgan_visibility": 0.5, "codeformer_visibility": 0}')
+    asked = {"gfpgan_visibility": 0.5, "codeformer_visibility": 0}
+    _, warnings = parse_enlarging(asked, WebuiSettings())
     assert "faces are not restored here" in warnings
 
 
@@ -737,14 +809,14 @@ def test_bodies_of_extras_are_read() -> None:
         ({"upscaling_resize": 0.5}, "upscaling_resize: got 0.5, allowed is a number from 1 to 8"),
         ({"resize_mode": 2}, "resize_mode: got 2, allowed is one of 0, 1"),
         ({"upscaling_resize_w": 0}, "upscaling_resize_w: got 0, allowed is a whole number from 1"),
-        ({"upscaling_resize_h": 8193}, "upscaling_resize_h: got 8193, allowed is a whole number"),
+        ({"upscaling_resize_h": 16385}, "upscaling_resize_h: got 16385, allowed is a whole number"),
         ({"upscaler_1": 1}, "upscaler_1: got 1, allowed is a text"),
         ({"extras_upscaler_2_visibility": 2}, "extras_upscaler_2_visibility: got 2, allowed is a"),
     ],
 )
 def test_a_wrong_field_of_extras_is_named(body: dict[str, Any], reason: str) -> None:
     with pytest.raises(JobFailure) as failure:
-        parse_enlarging(json.dumps(body).encode())
+        parse_enlarging(sent(body), WebuiSettings())
     assert str(failure.value).startswith(reason)
 
 
@@ -776,7 +848,7 @@ def bodies_of(*params: type[msgspec.Struct], more: tuple[str, ...] = ()) -> st.S
 def test_any_json_is_read_or_refused_as_a_painting(body: object) -> None:
     for task_type in ("txt2img", "img2img"):
         with suppress(JobFailure):
-            parse_painting(json.dumps(body).encode(), task_type)
+            parse_painting(sent(body), task_type, WebuiSettings())
 
 
 @settings(max_examples=200, deadline=None)
@@ -791,10 +863,10 @@ def test_any_json_is_read_or_refused_as_a_unit(unit: object) -> None:
 @settings(max_examples=200, deadline=None)
 @given(bodies_of(CuttingParams, EnlargingParams, more=("type", "data", "label")))
 def test_any_json_is_read_or_refused_as_a_picture_to_be_worked_on(body: object) -> None:
-    packed = json.dumps(body).encode()
-    for parse in (parse_cutting, parse_enlarging):
-        with suppress(JobFailure):
-            parse(packed)
+    with suppress(JobFailure):
+        parse_cutting(sent(body))
+    with suppress(JobFailure):
+        parse_enlarging(sent(body), WebuiSettings())
 
 
 @pytest.mark.parametrize("depth", [100, 400, 600, 900, 2000])
@@ -802,4 +874,4 @@ def test_json_of_any_depth_is_read_or_refused(depth: int) -> None:
     for field in ("foo", "script_args", "prompt", "override_settings"):
         body = f'{{"{field}": {"[" * depth}{"]" * depth}}}'.encode()
         with suppress(JobFailure):
-            parse_painting(body, "txt2img")
+            parse_painting(read_body(body), "txt2img", WebuiSettings())

@@ -5,7 +5,6 @@ Most tests cut with a model that finds what is bright; U²-Net itself is used wh
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -223,7 +222,7 @@ def test_matting_has_its_bounds(cut: Cut) -> None:
 
 def test_cut_outs_are_of_a_format_that_can_be_clear(easel: Easel, brightness: Path) -> None:
     job, files = job_of("rembg", [("rembg", "u2net.onnx", brightness)])
-    body = json.dumps({"input_image": base64_of(scene())}).encode()
+    body = {"input_image": base64_of(scene())}
     library = easel.engine.library
     for usual, wanted in (("jpg", "png"), ("png", "png"), ("webp", "webp")):
         plan = CuttingPlan(job, body, files, library, Format(usual))

@@ -920,12 +920,12 @@ def test_pictures_of_any_size_are_taken(easel: Easel, resize_mode: int) -> None:
 
 
 def test_latents_can_not_be_made_of_pictures_of_every_size(easel: Easel) -> None:
-    for size in ((7, 64), (64, 2049)):
+    for size in ((7, 64), (64, 4097)):
         with pytest.raises(JobFailure) as failure:
             easel.paint(init_images=[base64_of(Image.new("1", size))], resize_mode=3)
         assert str(failure.value) == (
             f"init_images[0]: got {size[0]}x{size[1]} pixels, allowed in resize_mode 3 are sides"
-            " from 8 to 2048"
+            " from 8 to 4096"
         )
 
 

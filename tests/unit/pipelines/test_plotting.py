@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from services.inference.worker.pipelines import JobFailure
 from services.inference.worker.pipelines.pictures.files import Format
 from services.inference.worker.pipelines.plotting import AXES
-from tests.unit.pipelines.easel import Done, Easel, read_back
+from tests.unit.pipelines.easel import CHECKPOINT, Done, Easel, job_of, read_back
 
 SEED, STEPS, REPLACE, SAMPLER = 1, 4, 7, 9
 """Numbers of axes of txt2img."""
@@ -56,6 +57,22 @@ def test_axes_have_the_numbers_of_the_webui() -> None:
         "Sampler",
     ]
     assert (names["txt2img"].index("VAE"), names["img2img"].index("VAE")) == (27, 26)
+
+
+def test_a_plot_is_one_however_its_json_is_written(easel: Easel) -> None:
+    args = [*("Seed", "1, 2", []), *NOTHING, *NOTHING, False, True, False, False, 0, False]
+    body = {"prompt": "a red circle", "steps": 1, "width": 64, "height": 64, "script_args": args}
+    job, files = job_of("txt2img", [CHECKPOINT])
+    for name in ('"x/y/z plot"', r'"X\/Y\/Z plot"', r'"\u0058/Y/Z plot"'):
+        text = json.dumps({**body, "script_name": "@"}).replace('"@"', name)
+        for encoding in ("utf-8-sig", "utf-16"):
+            done = Done(easel.engine.run(job, text.encode(encoding), files))
+            assert len(done.pictures) == 3
+
+
+def test_more_cells_than_are_allowed_are_counted_and_refused(easel: Easel) -> None:
+    with pytest.raises(JobFailure, match="got 1000000 combinations, allowed are 1000"):
+        plot(easel, *[(SEED, "1-1000", [])] * 2)
 
 
 def test_cells_run_along_x_then_y_then_z(easel: Easel) -> None:

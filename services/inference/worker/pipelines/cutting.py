@@ -25,7 +25,7 @@ from services.inference.worker.pipelines.library import Library, Models, Shelved
 from services.inference.worker.pipelines.memory import is_out_of_memory
 from services.inference.worker.pipelines.models.files import identity_of
 from services.inference.worker.pipelines.params.cutting import CuttingParams, parse_cutting
-from services.inference.worker.pipelines.params.reading import printable, short
+from services.inference.worker.pipelines.params.reading import Body, printable, short
 from services.inference.worker.pipelines.pictures.files import Format, pack, read_picture
 from services.inference.worker.pipelines.pictures.infotext import VERSION, param_json
 from services.inference.worker.pipelines.stopwatch import Stopwatch
@@ -66,10 +66,11 @@ class CuttingPlan:
     key: object = None
 
     def __init__(
-        self, job: RunJob, body: bytes, files: Mapping[str, Path], library: Library, form: Format
+        self, job: RunJob, raw: Body, files: Mapping[str, Path], library: Library, form: Format
     ) -> None:
         """Raises JobFailure."""
-        self.params, self.raw, self.warnings = parse_cutting(body)
+        self.params, self.warnings = parse_cutting(raw)
+        self.raw = raw
         self.library = library
         self.format = Format() if form.name == "jpg" else form  # a cut-out is transparent
         self.models = Models(job, files, library)

@@ -42,6 +42,7 @@ from services.inference.worker.pipelines.memory import (
 from services.inference.worker.pipelines.models.components import Place
 from services.inference.worker.pipelines.painting import PaintingPlan, Studio
 from services.inference.worker.pipelines.params.painting import PLOT, SD_UPSCALE, script_of
+from services.inference.worker.pipelines.params.reading import Body, read_body
 from services.inference.worker.pipelines.pictures.files import Format
 from services.inference.worker.pipelines.pictures.previews import MEDIA_TYPE, Mixes
 from services.inference.worker.pipelines.plotting import PlottingPlan
@@ -53,7 +54,7 @@ from shared.logs import get_logger
 log = get_logger(__name__)
 
 ASIDE_THREADS = 4
-PLANS_OF_SCRIPTS: dict[str, Callable[[RunJob, bytes, Mapping[str, Path], Studio], Plan]] = {
+PLANS_OF_SCRIPTS: dict[str, Callable[[RunJob, Body, Mapping[str, Path], Studio], Plan]] = {
     PLOT: PlottingPlan,
     SD_UPSCALE: SDUpscalePlan,
 }
@@ -109,7 +110,7 @@ class Engine:
         self.memory = Memory(place.device)
         self.library = Library(place, cache, self.memory, options)
         self.evaluator = Evaluator(self.memory, options.rows, _compiled(options, place))
-        self._studio = Studio(self.library, Mixes(), Format(options.format))
+        self._studio = Studio(self.library, Mixes(), Format(options.format), options.webui)
         self._waiting: list[_Job] = []
         self._running: list[_Job] = []
         on_gpu = place.device.type == "cuda"
@@ -205,15 +206,15 @@ class Engine:
         return seen[0]
 
     def _plan(self, job: RunJob, params: bytes, files: Mapping[str, Path]) -> Plan:
-        library, form = self.library, self._studio.format
+        raw, studio = read_body(params), self._studio
         match job.task_type:
             case "txt2img" | "img2img":
-                wanted = PLANS_OF_SCRIPTS.get(script_of(params), PaintingPlan)
-                return wanted(job, params, files, self._studio)
+                wanted = PLANS_OF_SCRIPTS.get(script_of(raw), PaintingPlan)
+                return wanted(job, raw, files, studio)
             case "extra-single-image":
-                return EnlargingPlan(job, params, files, library, form)
+                return EnlargingPlan(job, raw, files, self.library, studio.format, studio.webui)
             case "rembg":
-                return CuttingPlan(job, params, files, library, form)
+                return CuttingPlan(job, raw, files, self.library, studio.format)
         raise JobFailure(
             f"task_type {job.task_type!r} is not one of txt2img, img2img, extra-single-image, rembg"
         )

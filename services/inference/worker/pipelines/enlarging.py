@@ -28,7 +28,7 @@ from services.inference.worker.pipelines.library import Library, Models, receipt
 from services.inference.worker.pipelines.memory import is_out_of_memory
 from services.inference.worker.pipelines.models.files import ModelFile
 from services.inference.worker.pipelines.params.enlarging import EnlargingParams, parse_enlarging
-from services.inference.worker.pipelines.params.reading import printable, short
+from services.inference.worker.pipelines.params.reading import Body, printable, short
 from services.inference.worker.pipelines.pictures.files import (
     Format,
     notes_of,
@@ -38,9 +38,9 @@ from services.inference.worker.pipelines.pictures.files import (
 from services.inference.worker.pipelines.pictures.infotext import fields_text, param_json
 from services.inference.worker.pipelines.stopwatch import Stopwatch
 from shared.contracts.inference import RunJob
+from shared.webui.settings import WebuiSettings
 
 UPSCALER = "Upscaler"
-MOST_PIXELS = 100_000_000
 MOST_ON_THE_WAY = 400_000_000
 """Pixels that a model may make before they are reduced to what was asked for: 16 bytes each."""
 TILE, OVERLAP = 192, 8
@@ -276,13 +276,15 @@ class EnlargingPlan:
     def __init__(
         self,
         job: RunJob,
-        body: bytes,
+        raw: Body,
         files: Mapping[str, Path],
         library: Library,
         form: Format,
+        webui: WebuiSettings,
     ) -> None:
         """Raises JobFailure."""
-        self.params, self.raw, self.warnings = parse_enlarging(body)
+        self.params, self.warnings = parse_enlarging(raw, webui)
+        self.raw = raw
         self.library, self.format = library, form
         self.models = Models(job, files, library)
         if not self.params.image:
@@ -296,7 +298,7 @@ class EnlargingPlan:
                 self.upscalers.append(second)
             elif second.name != "None":
                 self.warnings.append("upscaler_2: no effect without upscaler_1")
-        self.factor = _factor(self.params, self.picture)
+        self.factor = _factor(self.params, self.picture, webui.max_pixels)
 
     def work(self, report: Report) -> Work:
         params, watch = self.params, Stopwatch()
@@ -345,7 +347,7 @@ class EnlargingPlan:
         }
 
 
-def _factor(params: EnlargingParams, picture: Image.Image) -> float:
+def _factor(params: EnlargingParams, picture: Image.Image, most_pixels: int) -> float:
     """Raises JobFailure for a result that is too large."""
     factor = params.upscaling_resize
     if params.resize_mode == 1:
@@ -353,10 +355,10 @@ def _factor(params: EnlargingParams, picture: Image.Image) -> float:
             params.upscaling_resize_w / picture.width, params.upscaling_resize_h / picture.height
         )
     pixels = picture.width * picture.height * factor**2
-    if pixels > MOST_PIXELS:
+    if pixels > most_pixels:
         field = "upscaling_resize_w and _h" if params.resize_mode == 1 else "upscaling_resize"
         raise JobFailure(
             f"{field}: got a result of {pixels / 1e6:.0f} million pixels,"
-            f" allowed are {MOST_PIXELS // 1_000_000} million"
+            f" allowed are {most_pixels // 1_000_000} million"
         )
     return factor

@@ -49,12 +49,11 @@ from services.inference.worker.pipelines.models.families import configs_of
 from services.inference.worker.pipelines.models.files import ModelFile
 from services.inference.worker.pipelines.models.networks import Worn
 from services.inference.worker.pipelines.params.painting import (
-    LARGEST_SIDE,
     OverrideSettings,
     PaintingParams,
     parse_painting,
 )
-from services.inference.worker.pipelines.params.reading import printable, short
+from services.inference.worker.pipelines.params.reading import Body, printable, short
 from services.inference.worker.pipelines.pictures import masks
 from services.inference.worker.pipelines.pictures.files import (
     Format,
@@ -86,6 +85,7 @@ from services.inference.worker.pipelines.sampling.samplers import Options, Run
 from services.inference.worker.pipelines.sampling.schedules import Sigmas
 from services.inference.worker.pipelines.stopwatch import Stopwatch
 from shared.contracts.inference import RunJob
+from shared.webui.settings import WebuiSettings
 from shared.weights.kinds import REFINER, SDXL
 
 CHECKPOINT, VAE, LORA, EMBEDDING = "Stable-diffusion", "VAE", "Lora", "embeddings"
@@ -106,19 +106,21 @@ LATENT_UPSCALERS: dict[str, dict[str, Any]] = {
 
 
 class Studio(msgspec.Struct, frozen=True, eq=False):
-    """What jobs share. `format`: of pictures, unless a job says otherwise. `vae_lock`: held while a
-    VAE works, whose precision and borders may change."""
+    """What jobs share. `format`: of pictures, unless a job says otherwise. `webui`: what bodies may
+    say. `vae_lock`: held while a VAE works, whose precision and borders may change."""
 
     library: Library
     mixes: Mixes
     format: Format = Format()
+    webui: WebuiSettings = WebuiSettings()
     vae_lock: Any = msgspec.field(default_factory=threading.Lock)
 
 
 class PaintingPlan:
-    def __init__(self, job: RunJob, body: bytes, files: Mapping[str, Path], studio: Studio) -> None:
+    def __init__(self, job: RunJob, raw: Body, files: Mapping[str, Path], studio: Studio) -> None:
         """Raises JobFailure."""
-        params, self.raw, self.warnings = parse_painting(body, job.task_type)
+        params, self.warnings = parse_painting(raw, job.task_type, studio.webui)
+        self.raw = raw
         self.task_type = job.task_type
         self.studio = studio
         self.models = Models(job, files, studio.library)
@@ -870,10 +872,10 @@ class Painting:
         params = self.params
         if params.resize_mode != 3:
             return fit(picture, params.width, params.height, params.resize_mode)
-        if min(picture.size) < 8 or max(picture.size) > LARGEST_SIDE:
+        if min(picture.size) < 8 or max(picture.size) > self.plan.studio.webui.max_side:
             raise JobFailure(
                 f"{field}: got {picture.width}x{picture.height} pixels, allowed in resize_mode 3"
-                f" are sides from 8 to {LARGEST_SIDE}"
+                f" are sides from 8 to {self.plan.studio.webui.max_side}"
             )
         return picture
 

@@ -28,21 +28,18 @@ from services.inference.worker.pipelines import (
 from services.inference.worker.pipelines.library import receipt
 from services.inference.worker.pipelines.painting import PaintingPlan, Studio, format_of
 from services.inference.worker.pipelines.params.painting import (
-    MOST_PICTURES,
     PaintingParams,
     parse_painting,
 )
-from services.inference.worker.pipelines.params.reading import printable, short
+from services.inference.worker.pipelines.params.reading import Body, printable, short
 from services.inference.worker.pipelines.pictures.files import pack
 from services.inference.worker.pipelines.pictures.grids import grid, labelled
 from services.inference.worker.pipelines.pictures.infotext import fields_text, param_json
 from services.inference.worker.pipelines.stopwatch import Stopwatch
 from shared.contracts.inference import RunJob
 
-MOST_PIXELS = 100_000_000
 SEEDS = ("Seed", "Var. seed")
 
-Body = dict[str, Any]
 Apply = Callable[[Body, Any, list[Any]], None]
 """Puts one of an axis's values into a body; it is also given all of them."""
 
@@ -183,26 +180,26 @@ class _Args(msgspec.Struct, frozen=True):
 class PlottingPlan:
     key: object = None
 
-    def __init__(self, job: RunJob, body: bytes, files: Mapping[str, Path], studio: Studio) -> None:
+    def __init__(self, job: RunJob, raw: Body, files: Mapping[str, Path], studio: Studio) -> None:
         """Raises JobFailure, also for what is wrong with any of the combinations."""
-        params, raw, self.warnings = parse_painting(body, job.task_type)
+        params, self.warnings = parse_painting(raw, job.task_type, studio.webui)
         self.studio, self.raw, self.settings = studio, raw, params.override_settings
-        self.args = _parse_args(params, job.task_type, self.warnings)
+        most = studio.webui.max_pictures
+        self.args = _parse_args(params, job.task_type, most, self.warnings)
         self.base = self._base(params, raw)
         x, y, z = self.args.axes
-        cells = list(itertools.product(z.values, y.values, x.values))
-        if len(cells) > MOST_PICTURES:
-            raise JobFailure(
-                f"script_args: got {len(cells)} combinations, allowed are {MOST_PICTURES}"
-            )
+        count = len(x.values) * len(y.values) * len(z.values)
+        if count > most:
+            raise JobFailure(f"script_args: got {count} combinations, allowed are {most}")
+        cells = itertools.product(z.values, y.values, x.values)
         self.cells = [self._cell(job, files, dict(zip("zyx", cell, strict=True))) for cell in cells]
         for plan in self.cells:
             self.warnings += [text for text in plan.warnings if text not in self.warnings]
         width, height = self.cells[0].params.width, self.cells[0].params.height
-        if len(cells) * width * height > MOST_PIXELS:
+        if count * width * height > studio.webui.max_pixels:
             raise JobFailure(
-                f"script_args: got a grid of {len(cells) * width * height // 1_000_000} million"
-                f" pixels, allowed are {MOST_PIXELS // 1_000_000} million"
+                f"script_args: got a grid of {count * width * height // 1_000_000} million"
+                f" pixels, allowed are {studio.webui.max_pixels // 1_000_000} million"
             )
 
     def _base(self, params: PaintingParams, raw: Body) -> Body:
@@ -222,7 +219,7 @@ class PlottingPlan:
         body = dict(self.base)
         for letter, drawn in zip("xyz", self.args.axes, strict=True):
             drawn.axis.apply(body, values[letter], drawn.values)
-        return PaintingPlan(job, json.dumps(body).encode(), files, self.studio)
+        return PaintingPlan(job, body, files, self.studio)
 
     def work(self, report: Report) -> Work:
         watch = Stopwatch()
@@ -314,9 +311,9 @@ def _info_of(result: Result) -> dict[str, Any]:
     return info
 
 
-def _parse_args(params: PaintingParams, task_type: str, warnings: list[str]) -> _Args:
-    """`script_args` as the webui 1.7 takes them, or with the three fields that 1.8 put in. Raises
-    JobFailure."""
+def _parse_args(params: PaintingParams, task_type: str, most: int, warnings: list[str]) -> _Args:
+    """`script_args` as the webui 1.7 takes them, or with the three fields that 1.8 put in. `most`:
+    values of an axis. Raises JobFailure."""
     given = [*params.script_args]
     if len(given) < 13:
         raise JobFailure(
@@ -332,9 +329,9 @@ def _parse_args(params: PaintingParams, task_type: str, warnings: list[str]) -> 
     margin, csv_mode = rest[0] if rest else 0, rest[1] if len(rest) > 1 else False
     return _Args(
         axes=(
-            _axis(given[0:3], task_type, bool(csv_mode), bool(unfixed), "x"),
-            _axis(given[3:6], task_type, bool(csv_mode), bool(unfixed), "y"),
-            _axis(given[6:9], task_type, bool(csv_mode), bool(unfixed), "z"),
+            _axis(given[0:3], task_type, bool(csv_mode), bool(unfixed), most, "x"),
+            _axis(given[3:6], task_type, bool(csv_mode), bool(unfixed), most, "y"),
+            _axis(given[6:9], task_type, bool(csv_mode), bool(unfixed), most, "z"),
         ),
         draw_legend=bool(legend),
         include_lone_images=bool(lone),
@@ -345,7 +342,7 @@ def _parse_args(params: PaintingParams, task_type: str, warnings: list[str]) -> 
 
 
 def _axis(
-    given: Sequence[Any], task_type: str, csv_mode: bool, unfixed: bool, letter: str
+    given: Sequence[Any], task_type: str, csv_mode: bool, unfixed: bool, most: int, letter: str
 ) -> _Drawn:
     known = [axis for axis in AXES if axis.only in ("", task_type)]
     type_, typed, chosen = given
@@ -370,7 +367,7 @@ def _axis(
     texts = [str(one) for one in texts]
     if not isinstance(text, str):
         text = _csv(texts)
-    values = _values(axis, texts, letter)
+    values = _values(axis, texts, most, letter)
     fixed = axis.label in SEEDS and not unfixed
     if fixed:
         values = [secrets.randbelow(2**32 - 1) if value == -1 else value for value in values]
@@ -399,8 +396,8 @@ _RANGE = re.compile(rf"\s*{_NUMBER}\s*-\s*{_NUMBER}(?:\s*\(\s*([+-]?\d+(?:\.\d*)
 _COUNTED = re.compile(rf"\s*{_NUMBER}\s*-\s*{_NUMBER}\s*\[\s*(\d+)\s*\]\s*")
 
 
-def _values(axis: Axis, texts: list[str], letter: str) -> list[Any]:
-    """Also of ranges: `1-5`, `1-5 (+2)`, `1-10 [5]`."""
+def _values(axis: Axis, texts: list[str], most: int, letter: str) -> list[Any]:
+    """Also of ranges: `1-5`, `1-5 (+2)`, `1-10 [5]`. One more than `most`, if there are more."""
     if axis.label == "Prompt order":
         if len(texts) > 5:
             raise JobFailure(f"script_args: {letter} values: got {len(texts)} words, allowed are 5")
@@ -408,7 +405,7 @@ def _values(axis: Axis, texts: list[str], letter: str) -> list[Any]:
     values: list[Any] = []
     for text in texts:
         if axis.kind in (int, float):
-            found = _span(text, axis.kind is int)
+            found = _span(text, axis.kind is int, most)
             if found is not None:
                 values += found
                 continue
@@ -419,16 +416,16 @@ def _values(axis: Axis, texts: list[str], letter: str) -> list[Any]:
                 f"script_args: {letter} values: got {short(text)}, allowed is a number or a range"
                 " such as 1-5, 1-5 (+2) or 1-10 [5]"
             ) from None
-        if len(values) > MOST_PICTURES:
+        if len(values) > most:
             break
-    return values[: MOST_PICTURES + 1]
+    return values[: most + 1]
 
 
-def _span(text: str, whole: bool) -> list[Any] | None:
+def _span(text: str, whole: bool, most: int) -> list[Any] | None:
     found = _COUNTED.fullmatch(text)
     if found:
         start, end = (float(found[n].replace(" ", "")) for n in (1, 2))
-        numbers = np.linspace(start, end, min(int(found[3]), MOST_PICTURES + 1)).tolist()
+        numbers = np.linspace(start, end, min(int(found[3]), most + 1)).tolist()
     else:
         found = _RANGE.fullmatch(text)
         if not found:
@@ -436,5 +433,5 @@ def _span(text: str, whole: bool) -> list[Any] | None:
         start, end = (float(found[n].replace(" ", "")) for n in (1, 2))
         step = float(found[3] or 1)
         count = int((end - start) / step + 1e-9) + 1 if step and (end - start) / step >= 0 else 0
-        numbers = [start + step * n for n in range(min(count, MOST_PICTURES + 1))]
+        numbers = [start + step * n for n in range(min(count, most + 1))]
     return [int(number) for number in numbers] if whole else numbers

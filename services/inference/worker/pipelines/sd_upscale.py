@@ -19,7 +19,6 @@ from services.inference.worker.pipelines import Aside, JobFailure, Report, Resul
 from services.inference.worker.pipelines.controlling import Source
 from services.inference.worker.pipelines.denoising import Asking
 from services.inference.worker.pipelines.enlarging import (
-    MOST_PIXELS,
     aside,
     enlarged_size,
     find_upscaler,
@@ -32,7 +31,7 @@ from services.inference.worker.pipelines.painting import (
     Studio,
 )
 from services.inference.worker.pipelines.params.painting import PaintingParams
-from services.inference.worker.pipelines.params.reading import convert
+from services.inference.worker.pipelines.params.reading import Body, convert
 from services.inference.worker.pipelines.pictures.files import on_ground, pack, read_picture
 from services.inference.worker.pipelines.pictures.tiles import tile_grid
 from shared.contracts.inference import RunJob
@@ -69,9 +68,9 @@ class SDUpscaleArgs(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SDUpscalePlan(PaintingPlan):
-    def __init__(self, job: RunJob, body: bytes, files: Mapping[str, Path], studio: Studio) -> None:
+    def __init__(self, job: RunJob, raw: Body, files: Mapping[str, Path], studio: Studio) -> None:
         """Raises JobFailure."""
-        super().__init__(job, body, files, studio)
+        super().__init__(job, raw, files, studio)
         params, settings = self.params, self.params.override_settings
         self.args = _parse_args(params)
         self.tile_upscaler = find_upscaler(
@@ -107,7 +106,7 @@ class SDUpscalePlan(PaintingPlan):
 
     def _checked(self, size: tuple[int, int]) -> tuple[int, int]:
         """The size of the result, if there can be tiles of it."""
-        params = self.params
+        params, most = self.params, self.studio.webui.max_pixels
         if self.args.overlap >= min(params.width, params.height):
             raise JobFailure(
                 f"script_args: overlap: got {self.args.overlap}, allowed is what is below width"
@@ -118,10 +117,10 @@ class SDUpscalePlan(PaintingPlan):
                 f"width and height: got tiles of {params.width}x{params.height}, allowed are those"
                 f" that fit into the enlarged picture ({size[0]}x{size[1]})"
             )
-        if size[0] * size[1] > MOST_PIXELS:
+        if size[0] * size[1] > most:
             raise JobFailure(
                 f"script_args: scale_factor: got a result of {size[0] * size[1] // 1_000_000}"
-                f" million pixels, allowed are {MOST_PIXELS // 1_000_000} million"
+                f" million pixels, allowed are {most // 1_000_000} million"
             )
         return size
 

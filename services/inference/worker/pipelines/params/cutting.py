@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from services.inference.worker.pipelines.params.reading import Level, ignored, parse
+from services.inference.worker.pipelines.params.reading import Body, Level, convert, ignored
 
 Mark = Annotated[list[float], Meta(min_length=2, max_length=4)]
 
@@ -48,8 +48,8 @@ class CuttingParams(msgspec.Struct, frozen=True, kw_only=True):
         return [msgspec.to_builtins(mark) for mark in self.sam_prompt]
 
 
-def parse_cutting(body: bytes) -> tuple[CuttingParams, dict[str, Any], list[str]]:
-    """As `parse`, and the warnings."""
-    params, raw = parse(body, CuttingParams)
+def parse_cutting(raw: Body) -> tuple[CuttingParams, list[str]]:
+    """The typed params, and the warnings. Raises JobFailure."""
+    params = convert(raw, CuttingParams)
     known = (field.name for field in msgspec.structs.fields(CuttingParams))
-    return params, raw, ignored(raw, {}, known)
+    return params, ignored(raw, {}, known)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
 
-from services.inference.worker.pipelines.params.reading import Share, ignored, parse
+from services.inference.worker.pipelines.params.reading import Body, Share, convert, ignored
+from shared.webui.settings import WebuiSettings
 
-Side = Annotated[int, Meta(ge=1, le=8192)]
+Side = Annotated[int, Meta(ge=1)]
 
 
 class EnlargingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,11 +37,12 @@ _HARMLESS: dict[str, tuple[object, ...]] = {
 }
 
 
-def parse_enlarging(body: bytes) -> tuple[EnlargingParams, dict[str, Any], list[str]]:
-    """As `parse`, and the warnings."""
-    params, raw = parse(body, EnlargingParams)
+def parse_enlarging(raw: Body, webui: WebuiSettings) -> tuple[EnlargingParams, list[str]]:
+    """The typed params, and the warnings. Raises JobFailure."""
+    most = dict.fromkeys(("upscaling_resize_w", "upscaling_resize_h"), webui.max_upscaled_side)
+    params = convert(raw, EnlargingParams, most=most)
     known = (field.name for field in msgspec.structs.fields(EnlargingParams))
     warnings = ignored(raw, _HARMLESS, known)
     if raw.get("gfpgan_visibility") or raw.get("codeformer_visibility"):
         warnings.append("faces are not restored here")
-    return params, raw, warnings
+    return params, warnings

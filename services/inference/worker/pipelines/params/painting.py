@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Annotated, Any, Literal
 
@@ -12,10 +11,10 @@ from msgspec import Meta
 from services.inference.worker.pipelines import JobFailure
 from services.inference.worker.pipelines.params.control import ControlUnit, parse_units
 from services.inference.worker.pipelines.params.reading import (
+    Body,
     Share,
-    Text,
+    convert,
     ignored,
-    parse,
     short,
 )
 from services.inference.worker.pipelines.sampling.names import (
@@ -25,24 +24,21 @@ from services.inference.worker.pipelines.sampling.names import (
     find_sampler,
 )
 from services.inference.worker.pipelines.sampling.schedules import Spread
+from shared.webui.settings import WebuiSettings
 
 PLOT, SD_UPSCALE = "x/y/z plot", "sd upscale"
 """The scripts that there are, by the webui's names in lower case."""
 SCRIPTS = {"txt2img": (PLOT,), "img2img": (PLOT, SD_UPSCALE)}
-MOST_PICTURES = 128
-MOST_SIDE = 4096
-LEAST_SIDE, LARGEST_SIDE = 64, 2048
-"""Of what is painted in one go."""
-Side = Annotated[int, Meta(ge=LEAST_SIDE, le=LARGEST_SIDE)]
-FirstSide = Annotated[int, Meta(ge=0, le=LARGEST_SIDE)]
-Target = Annotated[int, Meta(ge=0, le=MOST_SIDE)]
-Steps = Annotated[int, Meta(ge=1, le=150)]
-Seed = Annotated[int, Meta(ge=-1, le=2**53 - 1)]
-SeedDelta = Annotated[int, Meta(ge=-(2**53) + 1, le=2**53 - 1)]
+LEAST_SIDE = 64
+HIGHEST_SEED = 2**64 - 1
+Side = Annotated[int, Meta(ge=LEAST_SIDE)]
+Target = Annotated[int, Meta(ge=0)]
+Seed = Annotated[int, Meta(ge=-(2**63))]
 Sigma = Annotated[float, Meta(ge=0, le=1000)]
 HighestSigma = Annotated[float, Meta(ge=0)]
 Churn = Annotated[float, Meta(ge=0, le=1000)]
 NoiseScale = Annotated[float, Meta(ge=0, le=10)]
+Eta = Annotated[float, Meta(ge=0)]
 LEAST_RHO = 0.1
 LEVELS = ("sigma_min", "sigma_max", "rho")
 """Settings of how the levels of noise are spread."""
@@ -62,9 +58,9 @@ class OverrideSettings(msgspec.Struct, frozen=True, kw_only=True):
     always_discard_next_to_last_sigma: bool = False
     comma_padding_backtrack: Annotated[int, Meta(ge=0, le=74)] = 20
     enable_pnginfo: bool = True
-    eta_ancestral: Share | None = None
-    eta_ddim: Share | None = None
-    eta_noise_seed_delta: SeedDelta = 0
+    eta_ancestral: Eta | None = None
+    eta_ddim: Eta | None = None
+    eta_noise_seed_delta: Seed = 0
     hires_fix_refiner_pass: Literal["first pass", "second pass", "both passes"] = "second pass"
     img2img_background_color: str = "#ffffff"
     img2img_extra_noise: Share = 0.0
@@ -101,9 +97,9 @@ class PaintingParams(msgspec.Struct, frozen=True, kw_only=True):
     (`subseed_strength`) all have `seed`, and picture i the variation seed `subseed + i`.
     """
 
-    prompt: Text = ""
-    negative_prompt: Text = ""
-    steps: Steps = 50
+    prompt: str = ""
+    negative_prompt: str = ""
+    steps: Annotated[int, Meta(ge=1)] = 50
     sampler_name: str = ""
     sampler_index: str | int = ""
     scheduler: str = ""
@@ -111,13 +107,13 @@ class PaintingParams(msgspec.Struct, frozen=True, kw_only=True):
     seed: Seed = -1
     subseed: Seed = -1
     subseed_strength: Share = 0.0
-    seed_resize_from_h: Annotated[int, Meta(le=MOST_SIDE)] = 0
-    seed_resize_from_w: Annotated[int, Meta(le=MOST_SIDE)] = 0
+    seed_resize_from_h: int = 0
+    seed_resize_from_w: int = 0
     width: Side = 512
     height: Side = 512
-    batch_size: Annotated[int, Meta(ge=1, le=32)] = 1
-    n_iter: Annotated[int, Meta(ge=1, le=100)] = 1
-    eta: Share | None = None
+    batch_size: Annotated[int, Meta(ge=1)] = 1
+    n_iter: Annotated[int, Meta(ge=1)] = 1
+    eta: Eta | None = None
     s_churn: Churn = 0.0
     s_tmin: Sigma = 0.0
     s_tmax: HighestSigma = 0.0
@@ -135,17 +131,17 @@ class PaintingParams(msgspec.Struct, frozen=True, kw_only=True):
     enable_hr: bool = False
     hr_scale: Annotated[float, Meta(ge=1, le=8)] = 2.0
     hr_upscaler: str = "Latent"
-    hr_second_pass_steps: Annotated[int, Meta(ge=0, le=150)] = 0
+    hr_second_pass_steps: Target = 0
     hr_resize_x: Target = 0
     hr_resize_y: Target = 0
     hr_checkpoint_name: str = ""
     hr_sampler_name: str = ""
-    hr_prompt: Text = ""
-    hr_negative_prompt: Text = ""
-    firstphase_width: FirstSide = 0
-    firstphase_height: FirstSide = 0
+    hr_prompt: str = ""
+    hr_negative_prompt: str = ""
+    firstphase_width: Target = 0
+    firstphase_height: Target = 0
 
-    init_images: Annotated[list[str], Meta(max_length=32)] = []
+    init_images: list[str] = []
     resize_mode: Literal[0, 1, 2, 3] = 0
     denoising_strength: Share = 0.75
     mask: str = ""
@@ -288,24 +284,40 @@ _TXT2IMG_ONLY = (
 _FORMATS = ("", "png", "jpg", "jpeg", "webp")
 
 
-def parse_painting(body: bytes, task_type: str) -> tuple[PaintingParams, dict[str, Any], list[str]]:
-    """As `parse`, and the warnings."""
-    params, raw = parse(body, PaintingParams)
+def parse_painting(
+    raw: Body, task_type: str, webui: WebuiSettings
+) -> tuple[PaintingParams, list[str]]:
+    """The typed params, and the warnings. Raises JobFailure."""
+    params = convert(raw, PaintingParams, most=_most(webui))
     units, warnings = parse_units(raw.get("alwayson_scripts"))
     warnings = _ignored(raw, task_type) + warnings
     params = _as_task(params, task_type)
-    _check(params, task_type)
+    _check(params, task_type, webui)
     warnings += _about_samplers(params)
-    return msgspec.structs.replace(_rounded(params, warnings), units=units), raw, warnings
+    return msgspec.structs.replace(_rounded(params, warnings), units=units), warnings
 
 
-def script_of(body: bytes) -> str:
-    """Of a body, in lower case. What is no JSON names none."""
-    try:
-        raw = json.loads(body)
-    except (ValueError, RecursionError):
-        return ""
-    return str(raw.get("script_name", "")).lower() if isinstance(raw, dict) else ""
+def _most(webui: WebuiSettings) -> dict[str, float]:
+    """What the deployment allows of the fields of a body."""
+    sides = "width height hr_resize_x hr_resize_y firstphase_width firstphase_height"
+    noise_sides = "seed_resize_from_w seed_resize_from_h"
+    etas = "eta override_settings.eta_ancestral override_settings.eta_ddim"
+    seeds = "seed subseed override_settings.eta_noise_seed_delta"
+    prompts = "prompt negative_prompt hr_prompt hr_negative_prompt"
+    return {
+        "batch_size": webui.max_batch_size,
+        "n_iter": webui.max_n_iter,
+        **dict.fromkeys(("steps", "hr_second_pass_steps"), webui.max_steps),
+        **dict.fromkeys(f"{sides} {noise_sides}".split(), webui.max_side),
+        **dict.fromkeys(etas.split(), webui.max_eta),
+        **dict.fromkeys(seeds.split(), HIGHEST_SEED),
+        **dict.fromkeys(prompts.split(), webui.max_prompt_length),
+    }
+
+
+def script_of(raw: Body) -> str:
+    """Of a body, in lower case."""
+    return str(raw.get("script_name", "")).lower()
 
 
 def _as_task(params: PaintingParams, task_type: str) -> PaintingParams:
@@ -330,7 +342,7 @@ def _as_task(params: PaintingParams, task_type: str) -> PaintingParams:
     return params
 
 
-def _check(params: PaintingParams, task_type: str) -> None:
+def _check(params: PaintingParams, task_type: str, webui: WebuiSettings) -> None:
     """Raises JobFailure."""
     settings = params.override_settings
     if task_type == "img2img" and not params.init_images:
@@ -351,13 +363,20 @@ def _check(params: PaintingParams, task_type: str) -> None:
         if 0 < getattr(params, field) < LEAST_SIDE:
             raise JobFailure(
                 f"{field}: got {getattr(params, field)}, allowed is a whole number from"
-                f" {LEAST_SIDE} to {LARGEST_SIDE}, or 0"
+                f" {LEAST_SIDE} to {webui.max_side}, or 0"
             )
-    if params.batch_size * params.n_iter > MOST_PICTURES:
+    pictures = params.batch_size * params.n_iter
+    if pictures > webui.max_pictures:
         raise JobFailure(
             f"batch_size and n_iter: got {params.batch_size} x {params.n_iter} pictures,"
-            f" allowed are {MOST_PICTURES} in all"
+            f" allowed are {webui.max_pictures} in all"
         )
+    for field in ("seed", "subseed"):
+        if getattr(params, field) + pictures - 1 > HIGHEST_SEED:
+            raise JobFailure(
+                f"{field}: got {getattr(params, field)} for the first of {pictures} pictures,"
+                f" allowed is up to {HIGHEST_SEED} for the last"
+            )
     if settings.samples_format not in _FORMATS:
         raise JobFailure(
             f"override_settings.samples_format: got {short(settings.samples_format)},"
@@ -379,10 +398,10 @@ def _check(params: PaintingParams, task_type: str) -> None:
     if params.enable_hr:
         params.hr_sampler  # noqa: B018
         width, height, _, _ = params.hires_size
-        if not (LEAST_SIDE <= width <= MOST_SIDE and LEAST_SIDE <= height <= MOST_SIDE):
+        if min(width, height) < LEAST_SIDE or max(width, height) > webui.max_side:
             raise JobFailure(
                 f"hires fix: got a size of {width}x{height}, allowed are sides from {LEAST_SIDE} to"
-                f" {MOST_SIDE}"
+                f" {webui.max_side}"
             )
 
 
@@ -432,7 +451,7 @@ def _rounded(params: PaintingParams, warnings: list[str]) -> PaintingParams:
     return msgspec.structs.replace(params, **sides)
 
 
-def _ignored(raw: dict[str, Any], task_type: str) -> list[str]:
+def _ignored(raw: Body, task_type: str) -> list[str]:
     known = {field.name for field in msgspec.structs.fields(PaintingParams)} - {"units"}
     other, usual = (_TXT2IMG_ONLY if task_type == "img2img" else _IMG2IMG_ONLY), PaintingParams()
     harmless = {**_HARMLESS, **{name: (getattr(usual, name), 0, "", None) for name in other}}

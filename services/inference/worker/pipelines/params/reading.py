@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from operator import attrgetter
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -17,9 +18,10 @@ from msgspec import Meta
 
 from services.inference.worker.pipelines import JobFailure
 
-Text = Annotated[str, Meta(max_length=20_000)]
 Level = Annotated[int, Meta(ge=0, le=255)]
 Share = Annotated[float, Meta(ge=0, le=1)]
+
+Body = dict[str, Any]
 
 MOST_NESTED = 100
 """Objects and lists within each other: whoever walks a body later has a stack for so many."""
@@ -27,23 +29,39 @@ MOST_NESTED = 100
 P = TypeVar("P", bound=msgspec.Struct)
 
 
-def parse(body: bytes, params: type[P]) -> tuple[P, dict[str, Any]]:
-    """The typed params, and the whole body as it came (less its nulls). Raises JobFailure."""
+def read_body(body: bytes) -> Body:
+    """A body as it came, less its nulls; in any of the encodings that JSON may have. Raises
+    JobFailure."""
     try:
         raw = _clean(json.loads(body))
     except (ValueError, RecursionError) as error:
         raise JobFailure(f"the params are no JSON: {error}") from None
     if not isinstance(raw, dict):
         raise JobFailure(f"the params are no JSON object but {short(raw)}")
-    return convert(raw, params), raw
+    return raw
 
 
-def convert(raw: Any, params: type[P], where: str = "") -> P:
-    """`where`: the path of `raw` in its body, for what is said of a wrong field."""
+def convert(
+    raw: Body, params: type[P], where: str = "", most: Mapping[str, float] | None = None
+) -> P:
+    """The typed params. `where`: the path of `raw` in its body, for what is said of a wrong field.
+    `most`: what the deployment allows beside what the types do, by the paths of fields: the largest
+    number, or the longest text. Raises JobFailure."""
+    most = most or {}
     try:
-        return msgspec.convert(raw, params, strict=False)
+        read = msgspec.convert(raw, params, strict=False)
     except msgspec.ValidationError as error:
-        raise JobFailure(where + _explain(str(error), raw, params)) from None
+        found = re.search(r"at `\$\.(.+)`", str(error))
+        path = found[1] if found else ""
+        missing = re.search(r"missing required field (`\w+`)", str(error))
+        if missing:
+            raise JobFailure(f"{where}{path}: {missing[1]} is missing") from None
+        raise JobFailure(where + _explain(path, raw, params, most)) from None
+    for path, limit in most.items():
+        value = attrgetter(path)(read)
+        if value is not None and (len(value) if isinstance(value, str) else value) > limit:
+            raise JobFailure(where + _explain(path, raw, params, most))
+    return read
 
 
 def ignored(
@@ -101,27 +119,35 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _explain(message: str, raw: Any, params: type[msgspec.Struct]) -> str:
-    """msgspec's `… - at `$.steps`` -> field, what was got, what is allowed."""
-    found = re.search(r"at `\$\.(.+)`", message)
-    path = found[1] if found else ""
+def _explain(path: str, raw: Any, params: type[msgspec.Struct], most: Mapping[str, float]) -> str:
+    """The path of a wrong field -> field, what was got, what is allowed."""
     got: Any = raw
     kind: msgspec.inspect.Type = msgspec.inspect.type_info(params)
     for name, position in re.findall(r"(\w+)|\[(\d+)\]", path):
         if name and isinstance(kind, msgspec.inspect.StructType):
-            got = got[name]
-            kind = next(field.type for field in kind.fields if field.name == name)
+            field = next(field for field in kind.fields if field.name == name)
+            got, kind = got.get(name, field.default), field.type
         elif position and isinstance(got, list):
             got = got[int(position)]
             kind = kind.item_type if isinstance(kind, msgspec.inspect.ListType) else kind
-    missing = re.search(r"missing required field (`\w+`)", message)
-    if missing:
-        return f"{path}: {missing[1]} is missing"
+    if path in most:
+        kind = _bounded(kind, most[path])
     # A reason goes to the logs; prompts do not.
     shown = short(got) if "prompt" not in path else f"another value ({type(got).__name__})"
     if isinstance(got, str) and len(got) > 60:
         shown = f"{len(got)} characters"
     return f"{path}: got {shown}, allowed is {_allowed(kind)}"
+
+
+def _bounded(kind: msgspec.inspect.Type, limit: float) -> msgspec.inspect.Type:
+    match kind:
+        case msgspec.inspect.StrType():
+            return msgspec.structs.replace(kind, max_length=int(limit))
+        case msgspec.inspect.UnionType(types=kinds):
+            return msgspec.structs.replace(kind, types=tuple(_bounded(k, limit) for k in kinds))
+        case msgspec.inspect.IntType() | msgspec.inspect.FloatType():
+            return msgspec.structs.replace(kind, le=limit)
+    return kind
 
 
 def _allowed(kind: msgspec.inspect.Type) -> str:
@@ -130,6 +156,8 @@ def _allowed(kind: msgspec.inspect.Type) -> str:
             return f"a whole number from {low} to {high}"
         case msgspec.inspect.IntType(le=int(high)):
             return f"a whole number up to {high}"
+        case msgspec.inspect.IntType(ge=int(low)):
+            return f"a whole number from {low} on"
         case msgspec.inspect.FloatType(ge=(int() | float()) as low, le=(int() | float()) as high):
             return f"a number from {low:g} to {high:g}"
         case msgspec.inspect.FloatType(ge=(int() | float()) as low):

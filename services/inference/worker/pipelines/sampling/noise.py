@@ -34,21 +34,22 @@ class Noise:
     ) -> None:
         """`shape`: channels, height, width of latents. `resize_from`: height and width, in
         latents, that the noise is first drawn for (0: as `shape`). `later_seed_delta`: added to the
-        seeds of `next()` (the webui's "eta noise seed delta")."""
+        seeds of `next()` (the webui's "eta noise seed delta"). Seeds count in 64 bits, as torch's
+        do."""
         self.shape = shape
-        self.seeds = list(seeds)
+        self.seeds = [seed % 2**64 for seed in seeds]
         self.device = device
-        self._subseeds = list(subseeds)
+        self._subseeds = [seed % 2**64 for seed in subseeds]
         self._strength = subseed_strength
         self._drawn_for = (shape[0], *resize_from) if all(resize_from) else shape
         self._later_seed_delta = later_seed_delta
-        self.generators = [Generator("cpu").manual_seed(seed) for seed in seeds]
+        self.generators = [Generator("cpu").manual_seed(seed) for seed in self.seeds]
 
     def first(self) -> Tensor:
         """(pictures, *shape), float32."""
         drawn = [self._draw_first(number) for number in range(len(self.seeds))]
         if self._later_seed_delta:
-            later = [seed + self._later_seed_delta for seed in self.seeds]
+            later = [(seed + self._later_seed_delta) % 2**64 for seed in self.seeds]
             self.generators = [Generator("cpu").manual_seed(seed) for seed in later]
         return torch.stack(drawn).to(self.device)
 
