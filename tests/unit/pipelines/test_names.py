@@ -163,8 +163,12 @@ def test_a_vae_is_that_of_the_checkpoint_that_it_is_used_with(easel: Easel, tmp_
 def test_a_reason_has_the_names_of_its_own_job(
     easel: Easel, loras: list[Path], tmp_path: Path
 ) -> None:
-    wide = {"lora_unet_mid_block_attentions_0_attn2_to_k.lora_down.weight": torch.zeros(2, 768)}
-    lora = small.write(tmp_path / "lora", wide)
+    module = "lora_unet_mid_block_attentions_0_attn2_to_k"
+    elsewhere = {
+        f"{module}.lora_down.weight": torch.zeros(2, 768),
+        f"{module}.lora_up.weight": torch.zeros(4, 2),
+    }
+    lora = small.write(tmp_path / "lora", elsewhere)
     for name in ("mine", "yours"):
         checkpoint: Model = (CHECKPOINT[0], f"{name}.safetensors", CHECKPOINT[2])
         with pytest.raises(JobFailure, match=f"^{name}.pt does not fit {name}.safetensors"):
