@@ -21,7 +21,7 @@ from services.inference.worker.pipelines.params.painting import (
     PaintingParams,
     parse_painting,
 )
-from services.inference.worker.pipelines.params.reading import Body, read_body
+from services.inference.worker.pipelines.params.reading import Body, convert, read_body
 from services.inference.worker.pipelines.sampling.names import SAMPLERS, find_sampler
 from shared.webui.settings import WebuiSettings
 
@@ -65,7 +65,7 @@ def reason_of(body: bytes, task_type: str = "txt2img", **webui: Any) -> str:
             '{"init_images": "x"}',
             "init_images: got 'x', allowed is a list of items, each a text",
         ),
-        ('{"init_images": [5]}', "init_images[0]: got 5, allowed is a text"),
+        ('{"init_images": [true]}', "init_images[0]: got true, allowed is a text"),
         ('{"hr_scale": 0.5}', "hr_scale: got 0.5, allowed is a number from 1 to 8"),
         ('{"refiner_switch_at": 2}', "refiner_switch_at: got 2, allowed is a number from 0 to 1"),
         ('{"seed_resize_from_w": 5000}', "seed_resize_from_w: got 5000, allowed is a whole number"),
@@ -74,8 +74,8 @@ def reason_of(body: bytes, task_type: str = "txt2img", **webui: Any) -> str:
             "prompt: got another value (list), allowed is a text of up to 20000 characters",
         ),
         (
-            '{"hr_negative_prompt": 1}',
-            "hr_negative_prompt: got another value (int), allowed is a text of up to 20000",
+            '{"hr_negative_prompt": true}',
+            "hr_negative_prompt: got another value (bool), allowed is a text of up to 20000",
         ),
         (
             '{"override_settings": {"CLIP_stop_at_last_layers": 13}}',
@@ -370,6 +370,84 @@ def test_bodies_of_real_clients_are_read() -> None:
         'alwayson_scripts."Tiled VAE": no effect here',
         "width 515: rounded to 512, a multiple of 8",
     ]
+
+
+STRUCTS = (PaintingParams, OverrideSettings, ControlUnit, CuttingParams, EnlargingParams)
+
+
+def fields_of(*kinds: type[msgspec.inspect.Type]) -> list[Any]:
+    """(struct, name) of all fields of bodies that are of these kinds, or of nothing."""
+    found = []
+    for struct in STRUCTS:
+        told = msgspec.inspect.type_info(struct)
+        assert isinstance(told, msgspec.inspect.StructType)
+        for field in told.fields:
+            inner = field.type
+            if isinstance(inner, msgspec.inspect.UnionType) and inner.includes_none:
+                inner = inner.types[0]
+            if isinstance(inner, kinds):
+                found.append(pytest.param(struct, field.name, id=f"{struct.__name__}.{field.name}"))
+    return found
+
+
+@pytest.mark.parametrize(("struct", "name"), fields_of(msgspec.inspect.BoolType))
+def test_flags_are_read_however_they_are_written(struct: type[msgspec.Struct], name: str) -> None:
+    for value in (True, False):
+        written = ("True", "true", "TRUE", " on ", "yes", "1", 1, 1.0)
+        if not value:
+            written = ("False", "false", "FALSE", " off ", "no", "0", 0, 0.0)
+        for one in (value, *written):
+            assert getattr(convert({name: one}, struct), name) is value
+    wrongs: list[Any] = ["maybe", "", 2, 0.5, [True], {}]
+    for wrong in wrongs:
+        with pytest.raises(JobFailure, match=f"^{name}: got .*, allowed is true or false"):
+            convert({name: wrong}, struct)
+
+
+@pytest.mark.parametrize(
+    ("struct", "name"), fields_of(msgspec.inspect.IntType, msgspec.inspect.FloatType)
+)
+def test_numbers_are_read_however_they_are_written(struct: type[msgspec.Struct], name: str) -> None:
+    for value in (1, 5, 64):
+        with suppress(JobFailure):
+            plain = getattr(convert({name: value}, struct), name)
+            for one in (str(value), f" {value} ", float(value), f"{value}.0"):
+                assert getattr(convert({name: one}, struct), name) == plain == value
+            assert type(getattr(convert({name: "1"}, struct), name)) in (int, type(plain))
+    wrongs: list[Any] = ["7,5", "many", "", True, [1], {}]
+    for wrong in wrongs:
+        with pytest.raises(JobFailure, match=f"^{name}: got .*, allowed is "):
+            convert({name: wrong}, struct)
+
+
+def test_choices_among_numbers_are_read_however_they_are_written() -> None:
+    for one in (1, "1", 1.0, "1.0"):
+        params, _ = read("img2img", resize_mode=one, inpainting_fill=one)
+        assert (params.resize_mode, params.inpainting_fill) == (1, 1)
+        extras, _ = parse_enlarging({"resize_mode": one}, WebuiSettings())
+        assert extras.resize_mode == 1
+        (unit,), _ = units_of({"resize_mode": one, "control_mode": one})
+        assert (unit.resize_mode, unit.control_mode) == (1, 1)
+    for wrong in (1.5, "1.5", "one", 7):
+        assert reason_of(json.dumps({"resize_mode": wrong}).encode()).startswith("resize_mode: got")
+
+
+def test_texts_may_be_written_as_numbers() -> None:
+    assert read(prompt=2024, negative_prompt=1.5)[0].prompt == "2024"
+
+
+def test_what_asks_for_nothing_however_it_is_written_is_passed_over() -> None:
+    _, warnings = read(
+        restore_faces="False",
+        send_images="true",
+        save_images="0",
+        image_cfg_scale="1.5",
+        do_not_save_samples="True",
+        mask_blur_x="4",
+        alwayson_scripts={"controlnet": {"args": [{"enabled": "False", "model": "x"}]}},
+    )
+    assert warnings == []
+    assert read(restore_faces="True")[1] == ["restore_faces: no effect here"]
 
 
 def test_what_asks_for_nothing_is_passed_over() -> None:
@@ -774,7 +852,7 @@ def test_bodies_of_rembg_are_read() -> None:
         ({"bgcolor": [1, 2]}, "bgcolor: got [1, 2], allowed is a list of 3 to 4 items"),
         ({"bgcolor": [1, 2, 300]}, "bgcolor[2]: got 300, allowed is a list of 3 to 4 items"),
         ({"cloth_category": "hat"}, 'cloth_category: got "hat", allowed is one of full, lower, up'),
-        ({"input_image": 5}, "input_image: got 5, allowed is a text"),
+        ({"input_image": [5]}, "input_image: got [5], allowed is a text"),
         ({"only_mask": "x"}, 'only_mask: got "x", allowed is true or false'),
         ({"sam_prompt": [{}]}, "sam_prompt[0]: `type` is missing"),
         ({"sam_prompt": [{"type": "x"}]}, "sam_prompt[0].type: got another value (str), allowed"),
@@ -810,7 +888,7 @@ def test_bodies_of_extras_are_read() -> None:
         ({"resize_mode": 2}, "resize_mode: got 2, allowed is one of 0, 1"),
         ({"upscaling_resize_w": 0}, "upscaling_resize_w: got 0, allowed is a whole number from 1"),
         ({"upscaling_resize_h": 16385}, "upscaling_resize_h: got 16385, allowed is a whole number"),
-        ({"upscaler_1": 1}, "upscaler_1: got 1, allowed is a text"),
+        ({"upscaler_1": True}, "upscaler_1: got true, allowed is a text"),
         ({"extras_upscaler_2_visibility": 2}, "extras_upscaler_2_visibility: got 2, allowed is a"),
     ],
 )

@@ -75,6 +75,60 @@ def test_more_cells_than_are_allowed_are_counted_and_refused(easel: Easel) -> No
         plot(easel, *[(SEED, "1-1000", [])] * 2)
 
 
+@pytest.mark.parametrize(
+    ("written", "plain"),
+    [
+        ((["1", "1, 2", []], ["False"] * 4, ("0", "False")), None),
+        (([1.0, [1.0, 2.0], None], [0, 0, 0, 0], (0.0, 0)), None),
+        ((["seed", "1,2", []], [None] * 4, (None, None)), None),
+        (((1, "1, 2", []), ["True", "true", 0, "no"], ("20", "false")), ([True, True], 20)),
+        (((1, "1, 2", []), [1, 1.0, "off", False], (20.0, False)), ([True, True], 20)),
+        (((1, "1, 2", []), [1, 1, 0, 0], (0, 0, "False", "20", "0")), ([True, True], 20)),
+    ],
+)
+def test_args_are_read_however_they_are_written(
+    easel: Easel, written: tuple[Any, ...], plain: tuple[list[bool], int] | None
+) -> None:
+    x, flags, rest = written
+    legend, lone = plain[0] if plain else (False, False)
+    margin = plain[1] if plain else 0
+
+    def sizes(args: list[Any]) -> list[tuple[int, int]]:
+        done = easel.paint(steps=1, script_name="X/Y/Z plot", script_args=args)
+        assert done.warnings == []
+        return [picture.size for picture in done.pictures]
+
+    usual = [SEED, "1, 2", [], *NOTHING, *NOTHING, legend, lone, False, False, margin, False]
+    assert sizes([*x, *NOTHING, *NOTHING, *flags, *rest]) == sizes(usual)
+
+
+def test_values_may_be_numbers_and_flags(easel: Easel) -> None:
+    assert plot(easel, (STEPS, 2, [])).info["all_seeds"] == [7]  # type: ignore[arg-type]
+    done = plot(easel, ("SGM noise multiplier", "", ["True", "off"]))
+    told = ["SGM noise multiplier: True" in text for text in done.texts[1:]]
+    assert told == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("rest", "reason"),
+    [
+        (("wide", False), 'script_args: margin_size: got "wide", allowed is a whole number from 0'),
+        (
+            (501, False),
+            "script_args: margin_size: got 501, allowed is a whole number from 0 to 500",
+        ),
+        ((-1, False), "script_args: margin_size: got -1, allowed is a whole number from 0 to 500"),
+        ((0, "perhaps"), 'script_args: csv_mode: got "perhaps", allowed is true or false'),
+    ],
+)
+def test_an_arg_that_means_nothing_is_named(
+    easel: Easel, rest: tuple[Any, ...], reason: str
+) -> None:
+    with pytest.raises(JobFailure) as failure:
+        plot(easel, (STEPS, "1", []), rest=rest)
+    assert str(failure.value).startswith(reason)
+
+
 def test_cells_run_along_x_then_y_then_z(easel: Easel) -> None:
     done = plot(
         easel,
@@ -170,6 +224,11 @@ def test_seeds_that_are_to_vary_are_told_to_have_no_effect(easel: Easel) -> None
     [
         ((99, "1", []), "script_args: x type: got 99, allowed is one of 0 Nothing, 1 Seed,"),
         ((STEPS, "", []), "script_args: x values: got none"),
+        (
+            ("SGM noise multiplier", "", ["perhaps"]),
+            'script_args: x values: got "perhaps", allowed is true or false',
+        ),
+        ((STEPS, "1.5", []), 'script_args: x values: got "1.5", allowed is a number or a range'),
         ((STEPS, "many", []), 'script_args: x values: got "many", allowed is a number or a range'),
         ((REPLACE, "green, blue", []), "script_args: Prompt S/R: the first value is in neither"),
         ((REPLACE, "red\rblue", []), 'script_args: x values: got "red\\rblue", allowed are values'),

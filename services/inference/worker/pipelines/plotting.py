@@ -12,10 +12,11 @@ import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
+from msgspec import Meta
 from PIL import Image
 
 from services.inference.worker.pipelines import (
@@ -31,7 +32,14 @@ from services.inference.worker.pipelines.params.painting import (
     PaintingParams,
     parse_painting,
 )
-from services.inference.worker.pipelines.params.reading import Body, printable, short
+from services.inference.worker.pipelines.params.reading import (
+    Body,
+    as_flag,
+    as_whole,
+    convert,
+    printable,
+    short,
+)
 from services.inference.worker.pipelines.pictures.files import pack
 from services.inference.worker.pipelines.pictures.grids import grid, labelled
 from services.inference.worker.pipelines.pictures.infotext import fields_text, param_json
@@ -94,7 +102,11 @@ def _reorder(body: Body, words: Sequence[str], _: list[Any]) -> None:
 
 
 def _truth(text: str) -> bool:
-    return text.strip().lower() == "true"
+    """Raises ValueError."""
+    value = as_flag(text)
+    if not isinstance(value, bool):
+        raise ValueError(text)
+    return value
 
 
 TXT2IMG, IMG2IMG = "txt2img", "img2img"
@@ -168,13 +180,24 @@ class _Drawn(msgspec.Struct, frozen=True):
         return f"{self.axis.label}: {shown}" if self.axis.named else str(shown)
 
 
+class _Options(msgspec.Struct, frozen=True, kw_only=True):
+    """What follows on the axes in `script_args`, in this order. `vary_seeds_…` are of webui 1.8;
+    `margin_size`: pixels between the pictures of a grid."""
+
+    draw_legend: bool = False
+    include_lone_images: bool = False
+    include_sub_grids: bool = False
+    no_fixed_seeds: bool = False
+    vary_seeds_x: bool = False
+    vary_seeds_y: bool = False
+    vary_seeds_z: bool = False
+    margin_size: Annotated[int, Meta(ge=0, le=500)] = 0
+    csv_mode: bool = False
+
+
 class _Args(msgspec.Struct, frozen=True):
     axes: tuple[_Drawn, _Drawn, _Drawn]
-    draw_legend: bool
-    include_lone_images: bool
-    include_sub_grids: bool
-    fixed_seeds: bool
-    margin: int
+    options: _Options
 
 
 class PlottingPlan:
@@ -209,7 +232,7 @@ class PlottingPlan:
         base = {**raw, "override_settings": settings, "script_name": "", "script_args": []}
         for field in ("seed", "subseed"):
             seed = getattr(params, field)
-            drawn = seed == -1 and self.args.fixed_seeds
+            drawn = seed == -1 and not self.args.options.no_fixed_seeds
             base[field] = secrets.randbelow(2**32 - 1) if drawn else seed
         if not params.override_settings.return_grid:
             base |= {"batch_size": 1}
@@ -251,26 +274,26 @@ class PlottingPlan:
 
     def _images(self, results: Sequence[Result]) -> tuple[list[ResultImage], list[str]]:
         """The whole grid, then the grid of each z, then the pictures: the latter two if wanted."""
-        x, y, z = self.args.axes
+        (x, y, z), options = self.args.axes, self.args.options
         pictures = [Image.open(io.BytesIO(result.images[0].data)) for result in results]
         texts = [_info_of(result)["infotexts"][0] for result in results]
         size = len(x.values) * len(y.values)
         parts = []
         for number in range(len(z.values)):
             part = grid(pictures[number * size : (number + 1) * size], len(y.values))
-            if self.args.draw_legend:
+            if options.draw_legend:
                 columns = [x.label(n) for n in range(len(x.values))]
                 rows = [y.label(n) for n in range(len(y.values))]
-                part = labelled(part, columns, rows, self.args.margin)
+                part = labelled(part, columns, rows, options.margin_size)
             parts.append(part)
         whole = grid(parts, 1)
-        if self.args.draw_legend:
+        if options.draw_legend:
             whole = labelled(whole, [z.label(n) for n in range(len(z.values))], [""])
         named = [("grid", whole, texts[0] + self._told("XYZ"))]
-        if self.args.include_sub_grids:
+        if options.include_sub_grids:
             told = self._told("XY")
             named += [(f"grid_{n}", part, texts[n * size] + told) for n, part in enumerate(parts)]
-        if self.args.include_lone_images:
+        if options.include_lone_images:
             lone = zip(pictures, texts, strict=True)
             named += [(f"image_{n}", picture, text) for n, (picture, text) in enumerate(lone)]
         return [self._packed(*one) for one in named], [text for _, _, text in named]
@@ -321,31 +344,27 @@ def _parse_args(params: PaintingParams, task_type: str, most: int, warnings: lis
             " type, values and chosen values of X, Y and Z, draw_legend, include_lone_images,"
             " include_sub_grids, no_fixed_seeds, margin_size, csv_mode"
         )
-    legend, lone, sub_grids, unfixed, *rest = given[9:]
-    if len(rest) > 4:
-        if any(rest[:3]):
-            warnings.append("script_args: vary_seeds of X, Y and Z: no effect here")
-        rest = rest[3:]
-    margin, csv_mode = rest[0] if rest else 0, rest[1] if len(rest) > 1 else False
-    return _Args(
-        axes=(
-            _axis(given[0:3], task_type, bool(csv_mode), bool(unfixed), most, "x"),
-            _axis(given[3:6], task_type, bool(csv_mode), bool(unfixed), most, "y"),
-            _axis(given[6:9], task_type, bool(csv_mode), bool(unfixed), most, "z"),
-        ),
-        draw_legend=bool(legend),
-        include_lone_images=bool(lone),
-        include_sub_grids=bool(sub_grids),
-        fixed_seeds=not unfixed,
-        margin=int(margin) if isinstance(margin, int | float) and 0 <= margin <= 500 else 0,
+    names = [field.name for field in msgspec.structs.fields(_Options)]
+    if len(given) < 9 + len(names) - 1:
+        names = [name for name in names if not name.startswith("vary_seeds")]
+    told = dict(zip(names, given[9:], strict=False))
+    told = {name: value for name, value in told.items() if value is not None}
+    options = convert(told, _Options, "script_args: ")
+    if options.vary_seeds_x or options.vary_seeds_y or options.vary_seeds_z:
+        warnings.append("script_args: vary_seeds of X, Y and Z: no effect here")
+    x, y, z = (
+        _axis(given[3 * n : 3 * n + 3], task_type, options, most, letter)
+        for n, letter in enumerate("xyz")
     )
+    return _Args((x, y, z), options)
 
 
 def _axis(
-    given: Sequence[Any], task_type: str, csv_mode: bool, unfixed: bool, most: int, letter: str
+    given: Sequence[Any], task_type: str, options: _Options, most: int, letter: str
 ) -> _Drawn:
     known = [axis for axis in AXES if axis.only in ("", task_type)]
     type_, typed, chosen = given
+    type_ = as_whole(type_)
     axis = None
     if isinstance(type_, int) and 0 <= type_ < len(known):
         axis = known[type_]
@@ -358,7 +377,9 @@ def _axis(
         )
     if axis.label == "Nothing":
         return _Drawn(axis, [None], "")
-    texts = chosen if axis.chosen and not csv_mode and chosen else typed
+    texts = chosen if axis.chosen and not options.csv_mode and chosen else typed
+    if isinstance(texts, int | float):
+        texts = str(texts)
     text = texts
     if isinstance(texts, str):
         texts = _typed(texts, letter)
@@ -368,7 +389,7 @@ def _axis(
     if not isinstance(text, str):
         text = _csv(texts)
     values = _values(axis, texts, most, letter)
-    fixed = axis.label in SEEDS and not unfixed
+    fixed = axis.label in SEEDS and not options.no_fixed_seeds
     if fixed:
         values = [secrets.randbelow(2**32 - 1) if value == -1 else value for value in values]
     return _Drawn(axis, values, text, fixed)
@@ -410,11 +431,13 @@ def _values(axis: Axis, texts: list[str], most: int, letter: str) -> list[Any]:
                 values += found
                 continue
         try:
-            values.append(axis.kind(text))
+            values.append(axis.kind(as_whole(text) if axis.kind is int else text))
         except ValueError:
+            allowed = "a number or a range such as 1-5, 1-5 (+2) or 1-10 [5]"
+            if axis.kind is _truth:
+                allowed = "true or false"
             raise JobFailure(
-                f"script_args: {letter} values: got {short(text)}, allowed is a number or a range"
-                " such as 1-5, 1-5 (+2) or 1-10 [5]"
+                f"script_args: {letter} values: got {short(text)}, allowed is {allowed}"
             ) from None
         if len(values) > most:
             break

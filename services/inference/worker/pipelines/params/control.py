@@ -8,7 +8,13 @@ import msgspec
 from msgspec import Meta
 
 from services.inference.worker.pipelines import JobFailure
-from services.inference.worker.pipelines.params.reading import Share, convert, ignored, short
+from services.inference.worker.pipelines.params.reading import (
+    Share,
+    as_whole,
+    convert,
+    ignored,
+    short,
+)
 
 MOST_UNITS = 10
 RESIZE_MODES = ("Just Resize", "Crop and Resize", "Resize and Fill")
@@ -126,6 +132,8 @@ K = TypeVar("K", dict[str, Any], list[Any])
 
 
 def _checked(given: Any, kind: type[K], where: str) -> K:
+    if given in ({}, []):
+        return kind()  # the webui takes one for the other
     if not isinstance(given, kind):
         allowed = "an object" if kind is dict else "a list"
         raise JobFailure(f"{where}: got {short(given)}, allowed is {allowed}")
@@ -134,10 +142,11 @@ def _checked(given: Any, kind: type[K], where: str) -> K:
 
 def _choice(given: int | str, names: tuple[str, ...], where: str) -> int:
     """A mode as the number that the extension's API has always had for it."""
+    given = as_whole(given)
     if isinstance(given, str):
         wanted = _OTHER_NAMES.get(given.lower(), given).lower()
         for number, name in enumerate(names):
-            if wanted in (name.lower(), str(number)):
+            if wanted == name.lower():
                 return number
     elif 0 <= given < len(names):
         return given

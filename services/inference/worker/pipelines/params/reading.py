@@ -1,7 +1,8 @@
 """JSON as the webui's clients send it -> typed params.
 
-They send bare `Infinity` and `NaN`, nulls for "default", numbers as text, and many keys that mean
-nothing here.
+They send bare `Infinity` and `NaN`, nulls for "default", numbers and flags as text, whole numbers
+as fractions (`1.0`), and many keys that mean nothing here. The webui reads them with pydantic 1;
+what that would cut off (`20.5` for a whole number) is refused here.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from functools import cache
 from operator import attrgetter
 from typing import Annotated, Any, TypeVar
 
@@ -25,6 +28,11 @@ Body = dict[str, Any]
 
 MOST_NESTED = 100
 """Objects and lists within each other: whoever walks a body later has a stack for so many."""
+
+_FLAGS = {
+    **dict.fromkeys(("true", "t", "yes", "y", "on", "1"), True),
+    **dict.fromkeys(("false", "f", "no", "n", "off", "0"), False),
+}
 
 P = TypeVar("P", bound=msgspec.Struct)
 
@@ -49,7 +57,7 @@ def convert(
     number, or the longest text. Raises JobFailure."""
     most = most or {}
     try:
-        read = msgspec.convert(raw, params, strict=False)
+        read = msgspec.convert(_fitted(raw, _type_of(params)), params)
     except msgspec.ValidationError as error:
         found = re.search(r"at `\$\.(.+)`", str(error))
         path = found[1] if found else ""
@@ -76,8 +84,41 @@ def ignored(
     return [
         f"{where}{cut(name)}: no effect here"
         for name, value in raw.items()
-        if name not in taken and value not in harmless.get(name, ())
+        if name not in taken and not any(means(value, one) for one in harmless.get(name, ()))
     ]
+
+
+def means(given: Any, value: object) -> bool:
+    """Whether it is this value, or a way to write it."""
+    match value:
+        case bool():
+            return as_flag(given) is value
+        case int() | float():
+            return bool(as_number(given) == value)
+    return bool(given == value)
+
+
+def as_flag(given: Any) -> Any:
+    """True or False for whatever means that; what does not stays as it is, here and below."""
+    if isinstance(given, str):
+        return _FLAGS.get(given.strip().lower(), given)
+    return bool(given) if isinstance(given, int | float) and given in (0, 1) else given
+
+
+def as_number(given: Any) -> Any:
+    if not isinstance(given, str):
+        return given
+    with suppress(ValueError):
+        return float(given)
+    return given
+
+
+def as_whole(given: Any) -> Any:
+    if isinstance(given, str):
+        with suppress(ValueError):
+            return int(given)
+    number = as_number(given)
+    return int(number) if isinstance(number, float) and number.is_integer() else given
 
 
 def printable(raw: dict[str, Any]) -> dict[str, Any]:
@@ -119,10 +160,51 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _fitted(given: Any, kind: msgspec.inspect.Type) -> Any:
+    """With what only is written in another way than its type wants it."""
+    match kind:
+        case msgspec.inspect.BoolType():
+            return as_flag(given)
+        case msgspec.inspect.IntType() | msgspec.inspect.LiteralType(values=(int(), *_)):
+            return as_whole(given)
+        case msgspec.inspect.FloatType():
+            return as_number(given)
+        case msgspec.inspect.StrType() if type(given) in (int, float):
+            return str(given)
+        case msgspec.inspect.ListType(item_type=item) if isinstance(given, list):
+            return [_fitted(one, item) for one in given]
+        case msgspec.inspect.StructType(fields=fields) if isinstance(given, dict):
+            kinds = {field.name: field.type for field in fields}
+            return {n: _fitted(v, kinds[n]) if n in kinds else v for n, v in given.items()}
+        case msgspec.inspect.UnionType(types=kinds):
+            same = next((one for one in kinds if _is_of(given, one)), None)
+            if same is not None:
+                return _fitted(given, same)
+            others = [one for one in kinds if not isinstance(one, msgspec.inspect.StrType)]
+            fitted = [(_fitted(given, one), one) for one in others]
+            return next((value for value, one in fitted if _is_of(value, one)), given)
+    return given
+
+
+def _is_of(value: Any, kind: msgspec.inspect.Type) -> bool:
+    match kind:
+        case msgspec.inspect.IntType():
+            return type(value) is int
+        case msgspec.inspect.FloatType():
+            return type(value) in (int, float)
+        case msgspec.inspect.StrType():
+            return isinstance(value, str)
+        case msgspec.inspect.ListType():
+            return isinstance(value, list)
+        case msgspec.inspect.DictType() | msgspec.inspect.StructType():
+            return isinstance(value, dict)
+    return False
+
+
 def _explain(path: str, raw: Any, params: type[msgspec.Struct], most: Mapping[str, float]) -> str:
     """The path of a wrong field -> field, what was got, what is allowed."""
     got: Any = raw
-    kind: msgspec.inspect.Type = msgspec.inspect.type_info(params)
+    kind = _type_of(params)
     for name, position in re.findall(r"(\w+)|\[(\d+)\]", path):
         if name and isinstance(kind, msgspec.inspect.StructType):
             field = next(field for field in kind.fields if field.name == name)
@@ -137,6 +219,11 @@ def _explain(path: str, raw: Any, params: type[msgspec.Struct], most: Mapping[st
     if isinstance(got, str) and len(got) > 60:
         shown = f"{len(got)} characters"
     return f"{path}: got {shown}, allowed is {_allowed(kind)}"
+
+
+@cache
+def _type_of(params: type[msgspec.Struct]) -> msgspec.inspect.Type:
+    return msgspec.inspect.type_info(params)
 
 
 def _bounded(kind: msgspec.inspect.Type, limit: float) -> msgspec.inspect.Type:
