@@ -37,8 +37,9 @@ CheckpointType = Literal[
     "rembg",
 ]
 InferenceType = Literal["Async", "Real-time"]
-TaskType = Literal["txt2img", "img2img", "rembg", "extra-single-image"]
-"""`extra-single-image` enlarges a picture, by an `Upscaler` or without any model."""
+TaskType = Literal["txt2img", "img2img", "rembg", "extra-single-image", "extra-batch-images"]
+"""`extra-single-image` enlarges a picture, by an `Upscaler` or without any model;
+`extra-batch-images` several."""
 NOT_APPLICABLE = "not_applicable"
 
 

@@ -18,11 +18,11 @@ class WebuiSettings(msgspec.Struct, frozen=True, kw_only=True):
     - `webui_version`: whose ways a body is read by, where they differ.
     - `max_steps`: of a pass; models know no more than 1000.
     - `max_side`: of what is rendered, hires fix included, in pixels.
-    - `max_upscaled_side`: of what extra-single-image makes.
+    - `max_upscaled_side`: of what extra-single-image and extra-batch-images make.
     - `max_pixels`: of what extra-single-image and SD upscale make, and of the grid of an X/Y/Z
       plot.
     - `max_batch_size`, `max_n_iter`: of the fields of these names; `max_pictures`: their product,
-      and the cells of an X/Y/Z plot.
+      the cells of an X/Y/Z plot, and the list of extra-batch-images.
     - `max_prompt_length`: in characters, of each prompt.
     - `max_eta`: of `eta`, `eta_ancestral` and `eta_ddim`.
     """

@@ -288,8 +288,9 @@ def test_params_may_come_with_the_request(
     esd: EsdClient, plain: EsdClient, api: StrictClient, pool: str
 ) -> None:
     designer, admin = api.add_person("Designer"), esd.as_14("admin")
-    params = json.dumps({"image": picture(), "upscaler_1": "Lanczos", "s_tmax": math.inf})
-    body = {**JOB, "task_type": "extra-single-image", "payload_string": params}
+    images = [{"data": picture(), "name": name} for name in ("a.png", "b.png")]
+    params = json.dumps({"imageList": images, "upscaler_1": "Lanczos", "s_tmax": math.inf})
+    body = {**JOB, "task_type": "extra-batch-images", "payload_string": params}
     del body["models"]
     nobody = esd.request("POST", "/inferences", {**body, "user_id": designer.username})
     assert nobody.status_code == 400
@@ -307,9 +308,9 @@ def test_params_may_come_with_the_request(
         started = admin.request("POST", "/inferences", {**body, **more})
         assert started.status_code == 202
         job = api.wait_for_job(started.json()["data"]["inference"]["inference_id"])
-        assert (job["status"], job["image_names"]) == ("succeed", ["image_0.png"])
+        assert (job["status"], job["image_names"]) == ("succeed", ["image_0.png", "image_1.png"])
         sizes = [Image.open(io.BytesIO(api.download(u))).size for u in job["img_presigned_urls"]]
-        assert sizes == [(8, 4)]
+        assert sizes == [(8, 4)] * 2
         assert api.download(job["params"]["input_body_presign_url"]) == params.encode()
     strict = {key: value for key, value in {**body, **more}.items() if key != "payload_string"}
     assert api.request("POST", "/inferences", strict).status_code == 404

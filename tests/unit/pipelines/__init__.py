@@ -14,7 +14,7 @@ test_pictures.py    pictures/
 test_hints.py       hints.py
 test_painting.py    txt2img and img2img from body to picture
 test_sd_upscale.py  the script "SD upscale"
-test_enlarging.py   extra-single-image
+test_enlarging.py   extra-single-image, extra-batch-images
 test_cutting.py     rembg
 test_engine.py      jobs side by side
 test_families.py    model files of every family and form

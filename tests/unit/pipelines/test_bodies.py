@@ -874,7 +874,12 @@ def test_bodies_of_extras_are_read() -> None:
     )
     params, warnings = parse_enlarging(raw, WebuiSettings())
     assert (params.resize_mode, params.upscaling_resize_w, params.upscaling_crop) == (1, 64, False)
-    assert warnings == ["imageList: no effect here"]
+    assert warnings == []
+    given = {"image": "x", "imageList": [{"data": "y", "name": "y.png"}]}
+    for task_type, other in (("extra-single-image", "imageList"), ("extra-batch-images", "image")):
+        params, warnings = parse_enlarging(given, WebuiSettings(), task_type)
+        assert warnings == [f"{other}: no effect here"]
+        assert [*params.pictures(task_type).values()] == ["y" if other == "image" else "x"]
     asked = {"gfpgan_visibility": 0.5, "codeformer_visibility": 0}
     _, warnings = parse_enlarging(asked, WebuiSettings())
     assert "faces are not restored here" in warnings
@@ -890,6 +895,8 @@ def test_bodies_of_extras_are_read() -> None:
         ({"upscaling_resize_h": 16385}, "upscaling_resize_h: got 16385, allowed is a whole number"),
         ({"upscaler_1": True}, "upscaler_1: got true, allowed is a text"),
         ({"extras_upscaler_2_visibility": 2}, "extras_upscaler_2_visibility: got 2, allowed is a"),
+        ({"imageList": ["x"]}, "imageList[0]: got "),
+        ({"imageList": [{"data": 1}]}, "imageList[0].data: got 1, allowed is a text"),
     ],
 )
 def test_a_wrong_field_of_extras_is_named(body: dict[str, Any], reason: str) -> None:

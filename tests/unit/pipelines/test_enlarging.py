@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from services.inference.worker.pipelines import JobFailure, enlarging
 from services.inference.worker.pipelines.models.files import ModelFile
+from shared.webui.settings import WebuiSettings
 from tests.unit.pipelines import small
 from tests.unit.pipelines.easel import DEMO, Done, Easel, Model, base64_of, pixels_of
 
@@ -55,6 +57,53 @@ def enlarge(easel: Easel, models: dict[str, Model]) -> Enlarge:
         return easel.run("extra-single-image", [*models.values()], body)
 
     return enlarge
+
+
+# Several pictures
+
+
+def file_of(picture: Image.Image, name: str = "") -> dict[str, str]:
+    return {"data": base64_of(picture), "name": name}
+
+
+def test_each_picture_of_a_list_is_enlarged_as_it_is_alone(
+    easel: Easel, models: dict[str, Model], enlarge: Enlarge
+) -> None:
+    scenes = [scene(), scene(20, 30, "RGBA")]
+    files = [file_of(each, f"{n}.png") for n, each in enumerate(scenes)]
+    body = {"upscaler_1": "compact", "upscaler_2": "Lanczos", "extras_upscaler_2_visibility": 0.5}
+    batch = easel.run("extra-batch-images", [*models.values()], {**body, "imageList": files})
+    assert [image.name for image in batch.result.images] == ["image_0.png", "image_1.png"]
+    assert batch.answer["images"] == ["image_0.png", "image_1.png"]
+    assert batch.info["names"] == ["0.png", "1.png"]
+    assert easel.steps == sorted(easel.steps)
+    for picture, made in zip(scenes, batch.pictures, strict=True):
+        alone = enlarge(picture, **body)
+        assert made.mode == picture.mode
+        assert made.tobytes() == alone.pictures[0].tobytes()
+        assert made.info["postprocessing"] == alone.pictures[0].info["postprocessing"]
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        ([], "imageList: got none, allowed is a list of pictures in base64"),
+        ([file_of(scene()), {"name": "x"}], "imageList[1].data: "),
+        ([file_of(scene()), {"data": "?"}], "imageList[1].data: no base64"),
+        ([file_of(scene(20, 20))] * 6, "imageList: got results of 0 million pixels in all"),
+        ([file_of(scene(10, 10))] * 50, "imageList: got pictures of 0 million pixels in all"),
+        ([file_of(scene(1, 1))] * 1001, "imageList: got 1001 pictures, allowed are 1000"),
+    ],
+)
+def test_a_list_that_can_not_be_done_is_refused(
+    easel: Easel, files: list[Any], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    studio = replace(easel.engine._studio, webui=WebuiSettings(max_pixels=4500))
+    monkeypatch.setattr(easel.engine, "_studio", studio)
+    body = {"imageList": files, "upscaler_1": "Lanczos", "upscaling_resize": 3}
+    with pytest.raises(JobFailure) as failure:
+        easel.run("extra-batch-images", [], body)
+    assert str(failure.value).startswith(reason)
 
 
 # Sizes

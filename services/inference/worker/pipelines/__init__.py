@@ -5,7 +5,7 @@ Files
   painting.py    txt2img and img2img, hires fix and refiner
   plotting.py    the script "X/Y/Z plot"
   sd_upscale.py  the script "SD upscale"
-  enlarging.py   extra-single-image
+  enlarging.py   extra-single-image, extra-batch-images
   cutting.py     rembg
   controlling.py ControlNet: hints from pictures (`hints.py`), and how they act
   compiling.py   UNets compiled ahead for some shapes

@@ -211,12 +211,13 @@ class Engine:
             case "txt2img" | "img2img":
                 wanted = PLANS_OF_SCRIPTS.get(script_of(raw), PaintingPlan)
                 return wanted(job, raw, files, studio)
-            case "extra-single-image":
+            case "extra-single-image" | "extra-batch-images":
                 return EnlargingPlan(job, raw, files, self.library, studio.format, studio.webui)
             case "rembg":
                 return CuttingPlan(job, raw, files, self.library, studio.format)
         raise JobFailure(
-            f"task_type {job.task_type!r} is not one of txt2img, img2img, extra-single-image, rembg"
+            f"task_type {job.task_type!r} is not one of txt2img, img2img, extra-single-image,"
+            " extra-batch-images, rembg"
         )
 
     def _look_at_waiting(self) -> None:

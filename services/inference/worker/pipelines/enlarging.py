@@ -1,4 +1,5 @@
-"""extra-single-image: pictures enlarged, by interpolation or by an upscaler from the registry."""
+"""extra-single-image, extra-batch-images: pictures enlarged, by interpolation or by an upscaler of
+the registry."""
 
 from __future__ import annotations
 
@@ -27,7 +28,11 @@ from services.inference.worker.pipelines import (
 from services.inference.worker.pipelines.library import Library, Models, receipt
 from services.inference.worker.pipelines.memory import is_out_of_memory
 from services.inference.worker.pipelines.models.files import ModelFile
-from services.inference.worker.pipelines.params.enlarging import EnlargingParams, parse_enlarging
+from services.inference.worker.pipelines.params.enlarging import (
+    BATCH,
+    EnlargingParams,
+    parse_enlarging,
+)
 from services.inference.worker.pipelines.params.reading import Body, printable, short
 from services.inference.worker.pipelines.pictures.files import (
     Format,
@@ -43,6 +48,8 @@ from shared.webui.settings import WebuiSettings
 UPSCALER = "Upscaler"
 MOST_ON_THE_WAY = 400_000_000
 """Pixels that a model may make before they are reduced to what was asked for: 16 bytes each."""
+RESULTS_IN_ALL = 4
+"""What all pictures of a list may make, as a multiple of what one may: they wait packed."""
 TILE, OVERLAP = 192, 8
 """Pixels: what an upscaler is given at once, and how much of it neighbours share."""
 BY_PIXELS = {"Lanczos": Image.Resampling.LANCZOS, "Nearest": Image.Resampling.NEAREST}
@@ -283,14 +290,20 @@ class EnlargingPlan:
         webui: WebuiSettings,
     ) -> None:
         """Raises JobFailure."""
-        self.params, self.warnings = parse_enlarging(raw, webui)
+        self.params, self.warnings = parse_enlarging(raw, webui, job.task_type)
         self.raw = raw
         self.library, self.format = library, form
         self.models = Models(job, files, library)
-        if not self.params.image:
-            raise JobFailure("image: got none, allowed is a picture in base64")
-        self.picture = read_picture(self.params.image, "image")
-        self.notes = notes_of(self.params.image)
+        self.batch = job.task_type == BATCH
+        given = self.params.pictures(job.task_type)
+        if not given:
+            raise JobFailure(
+                "imageList: got none, allowed is a list of pictures in base64"
+                if self.batch
+                else "image: got none, allowed is a picture in base64"
+            )
+        self.pictures = _read_pictures(given, webui)
+        self.notes = [notes_of(text) for text in given.values()]
         self.upscalers = [find_upscaler(self.params.upscaler_1, "upscaler_1", self.models, library)]
         if self.params.extras_upscaler_2_visibility > 0:
             second = find_upscaler(self.params.upscaler_2, "upscaler_2", self.models, library)
@@ -298,34 +311,53 @@ class EnlargingPlan:
                 self.upscalers.append(second)
             elif second.name != "None":
                 self.warnings.append("upscaler_2: no effect without upscaler_1")
-        self.factor = _factor(self.params, self.picture, webui.max_pixels)
+        most = webui.max_pixels
+        self.factors = [_factor(self.params, picture, most) for picture in self.pictures]
+        sizes = zip(self.pictures, self.factors, strict=True)
+        pixels = sum(p.width * p.height * factor**2 for p, factor in sizes)
+        if self.batch and pixels > RESULTS_IN_ALL * most:
+            raise _too_many_pixels("results", pixels, RESULTS_IN_ALL * most)
 
     def work(self, report: Report) -> Work:
-        params, watch = self.params, Stopwatch()
-        results = []
-        for number, upscaler in enumerate(self.upscalers):
+        watch, text = Stopwatch(), fields_text(self._fields())
+        images: list[ResultImage] = []
+        for number in range(len(self.pictures)):
             with watch.stage("render"):
-                results.append((yield from self._enlarged(upscaler, number, report)))
-        picture = results[0]
-        if len(results) > 1:
-            picture = Image.blend(picture, results[1], params.extras_upscaler_2_visibility)
-        with watch.stage("save"):
-            text = fields_text(self._fields())
-            notes = {**self.notes, "postprocessing": text}
-            name = f"image_0.{self.format.name}"
-            image = ResultImage(name, self.format.media_type, pack(picture, notes, self.format))
-        info = {"html_info": text, "width": picture.width, "height": picture.height}
-        answer = param_json(printable(self.raw), info, [name], receipt(self.models, self.library))
-        return Result([image], answer, watch.seconds, self.warnings)
+                picture = yield from self._by_all(number, report)
+            with watch.stage("save"):
+                notes = {**self.notes[number], "postprocessing": text}
+                name = f"image_{number}.{self.format.name}"
+                packed = pack(picture, notes, self.format)
+                images.append(ResultImage(name, self.format.media_type, packed))
+        info: dict[str, Any] = {"html_info": text}
+        if self.batch:
+            info["names"] = [file.name for file in self.params.imageList]
+        else:
+            info |= {"width": picture.width, "height": picture.height}
+        names, used = [image.name for image in images], receipt(self.models, self.library)
+        answer = param_json(printable(self.raw), info, names, used)
+        return Result(images, answer, watch.seconds, self.warnings)
+
+    def _by_all(self, number: int, report: Report) -> Generator[Any, Any, Image.Image]:
+        """One of the pictures by each upscaler, blended."""
+        results: list[Image.Image] = []
+        for upscaler in self.upscalers:
+            before = number * len(self.upscalers) + len(results)
+            results.append((yield from self._enlarged(upscaler, number, before, report)))
+        if len(results) == 1:
+            return results[0]
+        return Image.blend(results[0], results[1], self.params.extras_upscaler_2_visibility)
 
     def _enlarged(
-        self, upscaler: Upscaler, number: int, report: Report
+        self, upscaler: Upscaler, number: int, before: int, report: Report
     ) -> Generator[Any, Any, Image.Image]:
+        """`before`: how many runs of an upscaler are done."""
         if upscaler.name == "None":
-            return self.picture
+            return self.pictures[number]
+        runs = len(self.pictures) * len(self.upscalers)
         enlarged = yield from aside(
-            upscaler.by_factor(self.picture, self.factor),
-            lambda done: report.step(round(100 * (number + done)), 100 * len(self.upscalers)),
+            upscaler.by_factor(self.pictures[number], self.factors[number]),
+            lambda done: report.step(round(100 * (before + done)), 100 * runs),
         )
         params = self.params
         if params.resize_mode == 1 and params.upscaling_crop:
@@ -345,6 +377,26 @@ class EnlargingPlan:
             "Postprocess upscaler": self.upscalers[0].name,
             "Postprocess upscaler 2": self.upscalers[1].name if len(self.upscalers) > 1 else None,
         }
+
+
+def _read_pictures(given: Mapping[str, str], webui: WebuiSettings) -> list[Image.Image]:
+    """By field. Raises JobFailure for one that can't be read, and for too many in all."""
+    if len(given) > webui.max_pictures:
+        raise JobFailure(f"imageList: got {len(given)} pictures, allowed are {webui.max_pictures}")
+    pictures, pixels = [], 0
+    for field, text in given.items():
+        pictures.append(read_picture(text, field))
+        pixels += pictures[-1].width * pictures[-1].height
+        if pixels > webui.max_pixels:
+            raise _too_many_pixels("pictures", pixels, webui.max_pixels)
+    return pictures
+
+
+def _too_many_pixels(what: str, pixels: float, most: int) -> JobFailure:
+    return JobFailure(
+        f"imageList: got {what} of {pixels / 1e6:.0f} million pixels in all,"
+        f" allowed are {most // 1_000_000} million"
+    )
 
 
 def _factor(params: EnlargingParams, picture: Image.Image, most_pixels: int) -> float:

@@ -4,7 +4,7 @@
   painting.py    txt2img and img2img, with their override_settings
   control.py     units in alwayson_scripts.controlnet
   cutting.py     rembg
-  enlarging.py   extra-single-image
+  enlarging.py   extra-single-image, extra-batch-images
 
 What is out of range is refused with the field, what was got and what is allowed; what the webui
 knows and has no effect here goes to the warnings.

@@ -1,4 +1,4 @@
-"""Bodies of extra-single-image jobs."""
+"""Bodies of extra-single-image and extra-batch-images jobs."""
 
 from __future__ import annotations
 
@@ -13,11 +13,23 @@ from shared.webui.settings import WebuiSettings
 Side = Annotated[int, Meta(ge=1)]
 
 
+SINGLE, BATCH = "extra-single-image", "extra-batch-images"
+
+
+class FileData(msgspec.Struct, frozen=True, kw_only=True):
+    """A picture in base64, and the name of its file."""
+
+    data: str = ""
+    name: str = ""
+
+
 class EnlargingParams(msgspec.Struct, frozen=True, kw_only=True):
-    """`resize_mode` 0: by `upscaling_resize`; 1: to `upscaling_resize_w` x `upscaling_resize_h`,
-    cropped to that if `upscaling_crop`. `upscaler_2` is blended in with its visibility."""
+    """`image` belongs to extra-single-image, `imageList` to extra-batch-images. `resize_mode` 0:
+    by `upscaling_resize`; 1: to `upscaling_resize_w` x `upscaling_resize_h`, cropped to that if
+    `upscaling_crop`. `upscaler_2` is blended in with its visibility."""
 
     image: str = ""
+    imageList: list[FileData] = []
     resize_mode: Literal[0, 1] = 0
     upscaling_resize: Annotated[float, Meta(ge=1, le=8)] = 2.0
     upscaling_resize_w: Side = 512
@@ -27,8 +39,16 @@ class EnlargingParams(msgspec.Struct, frozen=True, kw_only=True):
     upscaler_2: str = "None"
     extras_upscaler_2_visibility: Share = 0.0
 
+    def pictures(self, task_type: str) -> dict[str, str]:
+        """Field -> picture in base64."""
+        if task_type != BATCH:
+            return {"image": self.image} if self.image else {}
+        return {f"imageList[{n}].data": file.data for n, file in enumerate(self.imageList)}
+
 
 _HARMLESS: dict[str, tuple[object, ...]] = {
+    "image": ("",),
+    "imageList": ([],),
     "codeformer_visibility": (0,),
     "codeformer_weight": (0,),
     "gfpgan_visibility": (0,),
@@ -37,11 +57,14 @@ _HARMLESS: dict[str, tuple[object, ...]] = {
 }
 
 
-def parse_enlarging(raw: Body, webui: WebuiSettings) -> tuple[EnlargingParams, list[str]]:
+def parse_enlarging(
+    raw: Body, webui: WebuiSettings, task_type: str = SINGLE
+) -> tuple[EnlargingParams, list[str]]:
     """The typed params, and the warnings. Raises JobFailure."""
     most = dict.fromkeys(("upscaling_resize_w", "upscaling_resize_h"), webui.max_upscaled_side)
     params = convert(raw, EnlargingParams, most=most)
-    known = (field.name for field in msgspec.structs.fields(EnlargingParams))
+    known = {field.name for field in msgspec.structs.fields(EnlargingParams)}
+    known.remove("image" if task_type == BATCH else "imageList")
     warnings = ignored(raw, _HARMLESS, known)
     if raw.get("gfpgan_visibility") or raw.get("codeformer_visibility"):
         warnings.append("faces are not restored here")
