@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import quote
 
 import aioboto3
+import msgspec
 from botocore.auth import S3SigV4QueryAuth
 from botocore.awsrequest import AWSRequest
 from botocore.config import Config
@@ -17,7 +18,16 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from shared.settings import ObjectSettings
 
+MAX_PARAMS = 64 * 1024**2
+"""Bytes of the params of a job."""
 MISSING = ("404", "NoSuchKey", "NotFound")
+
+
+class StoredParams(msgspec.Struct, frozen=True):
+    """`body` is empty where it is larger than MAX_PARAMS. `written_at`: to the second."""
+
+    body: bytes
+    written_at: datetime
 
 
 class Objects:
@@ -79,6 +89,18 @@ class Objects:
         """To the second. None if there is no such object. Raises botocore errors otherwise."""
         head = await self._head(bucket, key)
         return None if head is None else head["LastModified"].astimezone(UTC)
+
+    async def find_params(self, bucket: str, key: str) -> StoredParams | None:
+        """None if there are none. Raises botocore errors otherwise."""
+        try:
+            found = await self.client.get_object(Bucket=bucket, Key=key)
+        except ClientError as error:
+            if error.response["Error"]["Code"] in MISSING:
+                return None
+            raise
+        async with found["Body"]:
+            body = await found["Body"].read() if found["ContentLength"] <= MAX_PARAMS else b""
+        return StoredParams(body, found["LastModified"].astimezone(UTC))
 
     async def _head(self, bucket: str, key: str) -> dict[str, Any] | None:
         try:

@@ -61,6 +61,8 @@ async def start_job(cmd: inference.StartJob, tx: Tx, *, objects: Objects) -> Non
     if job is None:
         raise Rejected("inference.not_found", job_id=cmd.job_id)
     job.check_startable()
+    await CheckpointStore(tx.conn).merge(cmd.checkpoints)
+    job = job.name_more(cmd.models)
     models = await _located(job, tx)
     starter = Starter(username=cmd.username, roles=cmd.roles, administrator=cmd.administrator)
     await endpoints.merge(cmd.endpoints)
@@ -70,7 +72,7 @@ async def start_job(cmd: inference.StartJob, tx: Tx, *, objects: Objects) -> Non
         raise Rejected(
             "inference.no_endpoint", inference_type=job.inference_type, username=cmd.username
         )
-    params_at = await _find_params(job, objects)
+    params_at = cmd.params_at or await _find_params(job, objects)
     if params_at is None:
         missing = Rejected("inference.params_missing", job_id=job.job_id)
         failed = job.fail(missing.message, now=tx.now)

@@ -9,11 +9,11 @@ import msgspec
 from msgspec.structs import replace
 
 from shared.contracts.endpoints import SERVING
-from shared.contracts.inference import UsedModel
+from shared.contracts.inference import CREATED, UsedModel
 from shared.contracts.models import CheckpointFile
 from shared.errors import Rejected
 
-CREATED, INPROGRESS, SUCCEED, FAILED = "created", "inprogress", "succeed", "failed"
+INPROGRESS, SUCCEED, FAILED = "inprogress", "succeed", "failed"
 
 START_SECONDS = 30.0
 """What an endpoint is thought to need for its first instance when it has none."""
@@ -81,6 +81,10 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
             raise Rejected("inference.not_found", job_id=self.job_id)
         if self.status not in (CREATED, INPROGRESS) and not self.cancelled:
             raise Rejected("inference.not_cancellable", job_id=self.job_id, status=self.status)
+
+    def name_more(self, models: Iterable[UsedModel]) -> Job:
+        """With those that its params name as well."""
+        return replace(self, models=[*self.models, *models])
 
     def start(
         self, endpoint: Endpoint, starter: Starter, *, params_at: datetime, now: datetime
@@ -160,11 +164,14 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         return replace(self, deleted=True, version=self.version + 1)
 
     def is_as(self, other: Job) -> bool:
-        """Whether both were asked for with the same words."""
-        return all(
-            getattr(self, name) == getattr(other, name)
-            for name in ("owner", "inference_type", "task_type", "models", "bucket", "params_key")
-        )
+        """Whether both were asked for with the same words, whatever their params may name."""
+        same = ("owner", "inference_type", "task_type", "named_models", "bucket", "params_key")
+        return all(getattr(self, name) == getattr(other, name) for name in same)
+
+    @property
+    def named_models(self) -> list[UsedModel]:
+        """Those that it was created with."""
+        return [model for model in self.models if not model.from_params]
 
 
 class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):

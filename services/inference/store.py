@@ -130,7 +130,7 @@ class JobStore:
                 started_at = $6, completed_at = $7, attempt = $8, image_names = $9,
                 info_name = $10, reason = $11, seconds = $12, warnings = $13, cancelled = $14,
                 version = $15, deleted = $16, starter = $17, params_at = $18, taken_at = $19,
-                instance_id = $20
+                instance_id = $20, models = $21
             WHERE job_id = $1
             """,
             job.job_id,
@@ -153,6 +153,7 @@ class JobStore:
             job.params_at,
             job.taken_at,
             job.instance_id,
+            job.models,
         )
 
 

@@ -12,6 +12,7 @@ from shared.contracts.models import Checkpoint
 
 OWNER = "inference"
 
+CREATED = "created"
 FINISHED = ("succeed", "failed")
 """The statuses that a job ends with."""
 
@@ -31,7 +32,8 @@ REJECTIONS = {
 
 
 class UsedModel(msgspec.Struct, frozen=True, kw_only=True):
-    """A model that a job names. `checkpoint_id` is None for VAE `Automatic` and `None`."""
+    """A model that a job names. `checkpoint_id` is None for VAE `Automatic` and `None`.
+    `from_params`: the job's params name it, its `models` did not; it was found as it started."""
 
     type: str
     name: str
@@ -40,6 +42,7 @@ class UsedModel(msgspec.Struct, frozen=True, kw_only=True):
     key: str = ""
     size: int = 0
     sha256: str = ""
+    from_params: bool = False
 
     @property
     def content(self) -> str:
@@ -65,13 +68,20 @@ class CreateJob(Command, frozen=True, kw_only=True):
 class StartJob(Command, frozen=True, kw_only=True):
     """`endpoints`: those in service that the user may use, as the caller saw them. `roles` and
     `administrator` say the same of endpoints that come later: the job may move to one of those when
-    its own ends."""
+    its own ends.
+
+    `params_at`: when the params came that the caller has read; None if it has not, or there are
+    none, which the ledger looks for then. `models`: what those params name beside the job's own,
+    and `checkpoints` their states, as in CreateJob."""
 
     job_id: str
     username: str
     endpoints: list[Endpoint]
     roles: list[str] = []
     administrator: bool = False
+    params_at: datetime | None = None
+    models: list[UsedModel] = []
+    checkpoints: list[Checkpoint] = []
 
 
 class CancelJob(Command, frozen=True, kw_only=True):

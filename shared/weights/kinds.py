@@ -14,6 +14,8 @@ from shared.weights.headers import Header, TensorSpec
 SD1, SD2, SDXL, REFINER = "SD 1.x", "SD 2.x", "SDXL", "SDXL refiner"
 FAMILIES = (SD1, SD2, SDXL, REFINER)
 
+LONGEST_ALIAS = 255
+"""Characters, as of a file's name."""
 UNET = "model.diffusion_model."
 _XL_TEXT = ("conditioner.embedders.0.", "conditioner.embedders.1.")
 
@@ -25,7 +27,8 @@ class Kind(msgspec.Struct, frozen=True, omit_defaults=True):
 
     `inpainting`: its UNet is also given a mask and a picture. `precision`: of most of its numbers,
     as fp16; `parameters`: how many there are. `rank`: of most layers of a LoRA. `vectors`: of an
-    embedding; `widths`: how wide they are, for each text encoder."""
+    embedding; `widths`: how wide they are, for each text encoder. `alias`: what its author called a
+    LoRA."""
 
     type: str
     title: str
@@ -37,6 +40,7 @@ class Kind(msgspec.Struct, frozen=True, omit_defaults=True):
     rank: int = 0
     vectors: int = 0
     widths: list[int] = []
+    alias: str = ""
 
 
 def describe(header: Header) -> Kind:
@@ -48,6 +52,7 @@ def describe(header: Header) -> Kind:
         precision=_precision(header.tensors.values()),
         parameters=header.parameters,
         rank=_rank(header) if kind.type == "Lora" else 0,
+        alias=_alias(header) if kind.type == "Lora" else "",
         **_vectors(header) if kind.type == "embeddings" else {},
     )
 
@@ -158,7 +163,17 @@ def _family(header: Header) -> str:
     return SD1
 
 
+_EMBEDDING_WIDTHS = {SD1: [768], SD2: [1024], SDXL: [768, 1280], REFINER: [1280]}
+"""The narrowest first."""
 _BY_CONTEXT = {768: SD1, 1024: SD2, 2048: SDXL, 1280: REFINER}
+
+
+def embedding_fits(widths: Iterable[int], families: Iterable[str]) -> bool:
+    """Whether an embedding whose vectors are so wide may fit a checkpoint of one of the families;
+    those of no known family may fit any."""
+    found = sorted(widths)
+    fitting = [_EMBEDDING_WIDTHS.get(family) for family in families]
+    return found not in _EMBEDDING_WIDTHS.values() or None in fitting or found in fitting
 
 
 _OTHER_NETWORKS = {
@@ -246,6 +261,11 @@ def _rank(header: Header) -> int:
         if spec.shape and _RANKED.fullmatch(name)
     )
     return ranks.most_common(1)[0][0] if ranks else 0
+
+
+def _alias(header: Header) -> str:
+    name = header.metadata.get("ss_output_name", "").strip()
+    return name if name.isprintable() and len(name) <= LONGEST_ALIAS else ""
 
 
 def _vectors(header: Header) -> Mapping[str, Any]:

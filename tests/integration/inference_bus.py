@@ -290,9 +290,10 @@ class Bus:
         *pools: endpoints.Endpoint,
         username: str = "alice",
         roles: Sequence[str] = (),
+        **more: Any,
     ) -> Message:
         command = StartJob(
-            job_id=job_id, username=username, endpoints=list(pools), roles=list(roles)
+            job_id=job_id, username=username, endpoints=list(pools), roles=list(roles), **more
         )
         return await self.ask(command)
 
@@ -322,6 +323,14 @@ class Bus:
         """Messages in the queue of an endpoint."""
         info = await self.js.stream_info(JOBS, subjects_filter=f"jobs.{endpoint_id}")
         return sum((info.state.subjects or {}).values())
+
+    async def work_of(self, endpoint: endpoints.Endpoint) -> inference.RunJob:
+        """All that is in the queue of an endpoint."""
+        await until(lambda: self.waiting(endpoint.endpoint_id), 1)
+        message = await self.js.get_last_msg(JOBS, f"jobs.{endpoint.endpoint_id}")
+        work = payload(cloud.decode(message.data or b""))
+        assert isinstance(work, inference.RunJob)
+        return work
 
     async def keys(self, job_id: str) -> list[str]:
         """Everything that lies in S3 for a job."""

@@ -22,9 +22,10 @@ from shared.contracts.inference import (
     ReportJobStarted,
     ReportJobSucceeded,
     ResyncInference,
+    UsedModel,
 )
 from shared.objects import params_key
-from tests.integration.inference_bus import Bus, until
+from tests.integration.inference_bus import NOW, Bus, until
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +154,56 @@ async def test_a_job_without_params_fails_and_says_so(bus: Bus) -> None:
     assert "no params at api_params_s3_upload_url" in (failed.reason or "")
     assert failed.started_at == failed.completed_at is not None
     assert await bus.waiting(endpoint.endpoint_id) == 0
+
+
+async def test_models_that_only_the_params_name_go_with_the_job_wherever_it_moves(
+    bus: Bus,
+) -> None:
+    """The caller has read the params, so nobody looks for them in S3, where there are none here."""
+    listed, named = await bus.make_checkpoint(), await bus.make_checkpoint()
+    old = await bus.make_endpoint(endpoint_type="Real-time", creator="nina")
+    new = await bus.make_endpoint(endpoint_type="Real-time", creator="nina")
+    create = await bus.make_job(listed, params=None, inference_type="Real-time")
+    file = named.files[0]
+    used = UsedModel(
+        type=named.type,
+        name=file.filename,
+        checkpoint_id=named.checkpoint_id,
+        bucket=named.bucket,
+        key=file.key,
+        size=file.size,
+        from_params=True,
+    )
+    more: dict[str, Any] = {"models": [used], "checkpoints": [named], "params_at": NOW}
+    started = await bus.start_job(create.job_id, old, username="nina", **more)
+    assert isinstance(started, inference.JobStarted)
+    assert started.params_at == NOW
+    assert started.models == [*create.models, used]
+    assert (await bus.work_of(old)).models == started.models
+    assert isinstance(await bus.ask(create), inference.JobSynced), "it is the one created before"
+    await bus.say(endpoints.EndpointInService.of(new), "endpoints")
+    await delete(bus, old)
+    moved = await bus.wait(inference.JobMoved, lambda job, _: job.job_id == create.job_id)
+    assert moved.models == started.models
+    assert (await bus.work_of(new)).models == started.models
+
+
+async def test_a_model_of_the_params_that_is_gone_starts_nothing(bus: Bus) -> None:
+    endpoint, checkpoint = await bus.make_endpoint(), await bus.make_checkpoint()
+    job = await bus.make_job()
+    gone = replace(checkpoint, status="Disabled")
+    used = UsedModel(
+        type=gone.type,
+        name="model.safetensors",
+        checkpoint_id=gone.checkpoint_id,
+        from_params=True,
+    )
+    refused = await bus.start_job(
+        job.job_id, endpoint, models=[used], checkpoints=[gone], params_at=NOW
+    )
+    assert isinstance(refused, Rejected)
+    assert refused.code == "inference.checkpoint_gone"
+    assert isinstance(await bus.start_job(job.job_id, endpoint), inference.JobStarted)
 
 
 async def test_the_newest_state_of_a_checkpoint_decides_whether_a_job_starts(bus: Bus) -> None:

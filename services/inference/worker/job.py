@@ -56,12 +56,11 @@ from shared.contracts.inference import (
 )
 from shared.contracts.registry import payload
 from shared.contracts.subjects import EVENTS, JOB_HEARTBEAT, job_events_subject
-from shared.objects import Objects
+from shared.objects import MAX_PARAMS, Objects
 
 log = logs.get_logger(__name__)
 
 MAX_ATTEMPTS = 3
-MAX_PARAMS = 64 * 1024**2
 PAUSE = 0.5
 """Seconds before a job that took the engine with it is delivered again."""
 LOOK_EVERY = 10.0

@@ -4,7 +4,9 @@ of it."""
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -173,3 +175,61 @@ def test_a_reason_has_the_names_of_its_own_job(
         checkpoint: Model = (CHECKPOINT[0], f"{name}.safetensors", CHECKPOINT[2])
         with pytest.raises(JobFailure, match=f"^{name}.pt does not fit {name}.safetensors"):
             easel.paint(checkpoint, ("Lora", f"{name}.pt", lora), prompt=f"a <lora:{name}:1>")
+
+
+# What only the params name
+
+
+def paint_with(
+    easel: Easel, listed: list[Model], found: list[Model], **body: Any
+) -> tuple[list[bytes], list[tuple[str, str]], list[str]]:
+    """Its pictures, weights and warnings; `found`: in the registry, since the params name them."""
+    job, files = job_of("txt2img", [*listed, *found])
+    models = [
+        msgspec.structs.replace(model, from_params=number >= len(listed))
+        for number, model in enumerate(job.models)
+    ]
+    usual = {"prompt": "a red circle", "steps": 1, "width": 64, "height": 64, "seed": 7}
+    job = msgspec.structs.replace(job, models=models)
+    done = Done(easel.engine.run(job, json.dumps(usual | body).encode(), files))
+    weights = [(one["type"], one["name"]) for one in done.answer["receipt"]["weights"]]
+    return done.rows, weights, done.warnings
+
+
+def test_what_only_the_params_name_is_nobodys_default(
+    easel: Easel, tmp_path: Path, loras: list[Path]
+) -> None:
+    vae: Model = ("VAE", "v.safetensors", small.write_vae(tmp_path / "vae", redder=2.0))
+    lora: Model = ("Lora", "l.safetensors", loras[0])
+    plain, weights, warnings = paint_with(easel, [CHECKPOINT], [vae, lora])
+    assert weights == [CHECKPOINT[:2]]
+    assert warnings == []
+    assert plain == easel.paint(steps=1).rows
+    body = {"override_settings": {"sd_vae": "v"}, "prompt": "a red circle <lora:l:1>"}
+    _, weights, warnings = paint_with(easel, [CHECKPOINT], [vae, lora], **body)
+    assert sorted(weights) == sorted(model[:2] for model in (CHECKPOINT, vae, lora))
+    assert warnings == []
+
+
+def test_a_checkpoint_that_only_the_params_name_begins_pictures_where_they_say_so(
+    easel: Easel,
+) -> None:
+    settings = {"sd_model_checkpoint": CHECKPOINT[1]}
+    _, weights, _ = paint_with(easel, [], [CHECKPOINT], override_settings=settings)
+    assert weights == [CHECKPOINT[:2]]
+    with pytest.raises(JobFailure, match="names no checkpoint of type Stable-diffusion"):
+        paint_with(easel, [], [CHECKPOINT], refiner_checkpoint=CHECKPOINT[1])
+
+
+def test_an_embedding_of_another_family_that_nobody_listed_is_a_word(
+    easel: Easel, tmp_path: Path
+) -> None:
+    """Somebody has called one by a word that others write."""
+    wide = small.write(tmp_path / "wide", {"emb_params": torch.ones(2, 1024)})
+    circle: Model = ("embeddings", "circle.safetensors", wide)
+    rows, weights, warnings = paint_with(easel, [CHECKPOINT], [circle])
+    assert weights == [CHECKPOINT[:2]]
+    assert warnings == []
+    assert rows == easel.paint(steps=1).rows
+    with pytest.raises(JobFailure, match=r"circle\.safetensors does not fit"):
+        paint_with(easel, [CHECKPOINT, circle], [])

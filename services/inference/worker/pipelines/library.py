@@ -152,13 +152,15 @@ class Library:
 
 
 class Shelved(msgspec.Struct, frozen=True):
-    """A model that a job names, and its file. `sha256`: as it was registered, or empty."""
+    """A model that a job names, and its file. `sha256`: as it was registered, or empty.
+    `from_params`: only the params name it."""
 
     type: str
     name: str
     path: Path
     sha256: str
     library: Library
+    from_params: bool = False
 
     @property
     def stem(self) -> str:
@@ -179,7 +181,14 @@ class Models:
 
     def __init__(self, job: RunJob, files: Mapping[str, Path], library: Library) -> None:
         self.all = [
-            Shelved(model.type, model.name, files[model.content], model.sha256, library)
+            Shelved(
+                model.type,
+                model.name,
+                files[model.content],
+                model.sha256,
+                library,
+                model.from_params,
+            )
             for model in job.models
             if model.content in files
         ]
@@ -187,6 +196,10 @@ class Models:
 
     def of(self, type_: str) -> list[Shelved]:
         return [model for model in self.all if model.type == type_]
+
+    def listed(self, type_: str) -> list[Shelved]:
+        """Those that the job itself names: what its params name besides is nobody's default."""
+        return [model for model in self.of(type_) if not model.from_params]
 
     def find(self, type_: str, title: str) -> Shelved | None:
         """See `shared.webui.titles`."""

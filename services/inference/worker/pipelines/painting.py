@@ -86,7 +86,7 @@ from services.inference.worker.pipelines.sampling.schedules import Sigmas
 from services.inference.worker.pipelines.stopwatch import Stopwatch
 from shared.contracts.inference import RunJob
 from shared.webui.settings import WebuiSettings
-from shared.weights.kinds import REFINER, SDXL
+from shared.weights.kinds import REFINER, SDXL, describe, embedding_fits
 
 CHECKPOINT, VAE, LORA, EMBEDDING = "Stable-diffusion", "VAE", "Lora", "embeddings"
 MOST_STEPS = 1000
@@ -181,15 +181,14 @@ class PaintingPlan:
     def _choose_vae(self) -> ModelFile | None:
         """None for the checkpoint's own."""
         wanted = self.params.override_settings.sd_vae
-        named = self.models.of(VAE)
         if wanted.lower() not in NO_FILE:
             return self._open(self.models.get(VAE, wanted, "override_settings.sd_vae"))
-        if wanted.lower() == "none" or not named:
+        if wanted.lower() == "none":
             return None
-        like_checkpoint = [m for m in named if m.stem.removesuffix(".vae") == self.checkpoint.stem]
-        if wanted and not like_checkpoint:
-            return None
-        return self._open(self.models.use((like_checkpoint or named)[0]))
+        among = self.models.of(VAE) if wanted else self.models.listed(VAE)
+        like_checkpoint = [m for m in among if m.stem.removesuffix(".vae") == self.checkpoint.stem]
+        chosen = like_checkpoint if wanted else like_checkpoint or among
+        return self._open(self.models.use(chosen[0])) if chosen else None
 
     def _find_networks(
         self, networks: Sequence[Network], field: str
@@ -213,10 +212,12 @@ class PaintingPlan:
     def _find_embeddings(
         self, prompt: str, negative: str, calls: int, *, done_before: int | None = None
     ) -> dict[str, ModelFile]:
-        """Those that a pass of so many calls reads in one of its texts, by their words."""
+        """Those that a pass of so many calls reads in one of its texts, by their words. One that
+        only the params name and that is for another family is just a word."""
         named: dict[str, Shelved] = {}
         for model in self.models.of(EMBEDDING):
-            named.setdefault(model.stem, model)
+            if not model.from_params or self._may_fit(model):
+                named.setdefault(model.stem, model)
         if not named:
             return {}
         texts = [
@@ -226,6 +227,9 @@ class PaintingPlan:
         ]
         words = words_in(texts, tokenizer(), [*named])
         return {word: self._open(self.models.use(named[word])) for word in words}
+
+    def _may_fit(self, embedding: Shelved) -> bool:
+        return embedding_fits(describe(self._open(embedding).header).widths, [self.kind.family])
 
     def _find_second(self, field: str, title: str) -> ModelFile | None:
         if title.lower() in ("", "none", "use same checkpoint"):
@@ -242,7 +246,7 @@ class PaintingPlan:
         return [
             f"{model.type} {model.name}: not used" + f" ({hint})" * bool(hint)
             for model in self.models.all
-            if model not in self.models.used
+            if model not in self.models.used and not model.from_params
             for hint in [hints.get(model.type, "")]
             if model.type not in ("rembg", "Upscaler")
         ]
@@ -267,12 +271,12 @@ def _settled(params: PaintingParams, warnings: list[str]) -> PaintingParams:
 
 def _choose_checkpoint(models: Models, params: PaintingParams) -> Shelved:
     """The one that `override_settings` asks for, else the first one that the job names."""
-    named = models.of(CHECKPOINT)
-    if not named:
-        raise JobFailure(f"the job names no checkpoint of type {CHECKPOINT} in models")
+    named, listed = models.of(CHECKPOINT), models.listed(CHECKPOINT)
     wanted = params.override_settings.sd_model_checkpoint
+    if not (listed or (wanted and named)):
+        raise JobFailure(f"the job names no checkpoint of type {CHECKPOINT} in models")
     if not wanted:
-        return models.use(named[0])
+        return models.use(listed[0])
     found = models.find(CHECKPOINT, wanted)
     if found is None:
         raise JobFailure(
