@@ -263,8 +263,8 @@ class UpdatedCheckpoint(Struct, frozen=True, kw_only=True):
 class CheckpointItem(Struct, frozen=True, kw_only=True):
     """As GET shows it. `created` in seconds since 1970. `params.files`: what was found out about
     each file, by its name: size, sha256, short_hash, format, type, title, family, precision,
-    parameters, rank, vectors, widths, as far as it has them. `error`: why it was refused or has
-    failed."""
+    parameters, rank, alias, vectors, widths, as far as it has them. `error`: why it was refused or
+    has failed."""
 
     id: str
     s3Location: str
@@ -369,7 +369,8 @@ class Endpoints(Struct, frozen=True, kw_only=True):
 
 
 class CreateInferenceBody(Struct, frozen=True, kw_only=True):
-    """`user_id` must be who asks. `models`: type -> names; VAE may be `Automatic` or `None`.
+    """`user_id` must be who asks. `models`: type -> names; VAE may be `Automatic` or `None`. What is
+    left out and the params name is found when the job is started.
     `payload_string` (ESD profile only): the params inline; the job starts at once."""
 
     inference_type: InferenceType

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from typing import Any
 
@@ -22,6 +23,9 @@ from shared.metrics import Sampler
 from shared.objects import Objects
 from shared.settings import ObjectSettings
 
+PARAMS_AT_ONCE = 4
+"""Of jobs that are started: each takes as much memory as it is long."""
+
 
 class Gateway:
     """Filled while the servers answer; `ready` once all are there."""
@@ -40,6 +44,7 @@ class Gateway:
         self.ready = False
         self.checks: dict[str, Check] = {"nats": self._check_log}
         self.samplers: list[Sampler] = []
+        self.params_reading = asyncio.Semaphore(PARAMS_AT_ONCE)
         self.pool: asyncpg.Pool[Any]
         self.views: Views
         self.projector: Projector

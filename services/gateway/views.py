@@ -72,6 +72,61 @@ class Views:
                 return checkpoint
         return None
 
+    async def list_checkpoints_by_key(
+        self, types: list[str], keys: list[str], person: Person
+    ) -> list[Checkpoint]:
+        """The active ones that the person may use and that have a file with one of the keys, see
+        `checkpoint_keys` in migrations; the person's own first, then the newest."""
+        rows = await self._pool.fetch(
+            """
+            SELECT state::text AS state FROM aggregates
+            WHERE kind = 'checkpoint' AND NOT deleted AND state->>'status' = 'Active'
+                AND state->>'type' = ANY($1) AND checkpoint_keys(state) && $2
+                AND ($3 OR state->>'creator' = $4 OR state->'allowed_roles_or_users' ?| $5)
+            ORDER BY state->>'creator' = $4 DESC, state->>'created_at' DESC, id
+            """,
+            types,
+            keys,
+            *_rights(person),
+        )
+        return [_checkpoint.decode(row["state"]) for row in rows]
+
+    async def list_embeddings_in(self, prompt: str, person: Person) -> list[Checkpoint]:
+        """As `list_checkpoints_by_key`, the embeddings with a file whose name, without spaces, is a
+        part of `prompt`, which has none and is in lower case."""
+        rows = await self._pool.fetch(
+            """
+            SELECT state::text AS state FROM aggregates
+            WHERE kind = 'checkpoint' AND NOT deleted AND state->>'status' = 'Active'
+                AND state->>'type' = 'embeddings'
+                AND ($2 OR state->>'creator' = $3 OR state->'allowed_roles_or_users' ?| $4)
+                AND EXISTS (
+                    SELECT FROM unnest(checkpoint_keys(state)) AS keys (key)
+                    WHERE strpos($1, regexp_replace(normalize(key), '[[:space:]]', '', 'g')) > 0
+                )
+            ORDER BY state->>'creator' = $3 DESC, state->>'created_at' DESC, id
+            """,
+            prompt,
+            *_rights(person),
+        )
+        return [_checkpoint.decode(row["state"]) for row in rows]
+
+    async def list_checkpoint_names(self, type_: str, person: Person, most: int) -> list[str]:
+        """Of the active ones of a type that the person may use, the newest first."""
+        rows = await self._pool.fetch(
+            """
+            SELECT jsonb_array_elements_text(state->'names') AS name FROM aggregates
+            WHERE kind = 'checkpoint' AND NOT deleted AND state->>'status' = 'Active'
+                AND state->>'type' = $1
+                AND ($2 OR state->>'creator' = $3 OR state->'allowed_roles_or_users' ?| $4)
+            ORDER BY state->>'created_at' DESC, id LIMIT $5
+            """,
+            type_,
+            *_rights(person),
+            most,
+        )
+        return [row["name"] for row in rows]
+
     async def list_checkpoints(
         self,
         person: Person,
@@ -100,16 +155,12 @@ class Views:
             ORDER BY state->>'created_at' DESC, id
             LIMIT $11 OFFSET $12
             """,
-            person.is_administrator,
-            person.username,
-            [EVERYONE, person.username, *person.roles],
+            *_rights(person),
             creator,
             types,
             status,
             roles,
-            user.is_administrator,
-            user.username,
-            [EVERYONE, user.username, *user.roles],
+            *_rights(user),
             per_page,
             (page - 1) * per_page,
         )
@@ -194,6 +245,13 @@ class Views:
 def place_of(job: Job) -> tuple[str, str]:
     """Where it stands among the jobs, however many come before it later."""
     return msgspec.to_builtins(job.created_at), job.job_id
+
+
+def _rights(person: Person) -> tuple[bool, str, list[str]]:
+    """`Person.may_use_checkpoint` for a query: whether all may be used, else whose, and what is
+    allowed to which."""
+    allowed = [EVERYONE, person.username, *person.roles]
+    return person.is_administrator, person.username, allowed
 
 
 def role_view(role: Role) -> schemas.RoleView:

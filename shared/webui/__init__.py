@@ -1,5 +1,6 @@
 """What bodies written for AUTOMATIC1111's webui mean, as far as that needs no models.
 
-titles.py     the names that people use for model files
-settings.py   what a deployment decides about bodies
+titles.py       the names that people use for model files
+body_names.py   which models a body names
+settings.py     what a deployment decides about bodies
 """

@@ -288,6 +288,13 @@ def test_a_checkpoint_of_somebody_else_is_out_of_reach(api: StrictClient, design
     job = {"inference_type": "Async", "task_type": "txt2img", "models": models}
     assert rival.request("POST", "/inferences", job).status_code == 404
     assert designer.request("POST", "/inferences", job).status_code == 201
+    settings = {"override_settings": {"sd_model_checkpoint": "private"}}
+    theirs, own = (person.create_job("txt2img", {}, settings) for person in (rival, designer))
+    for starter in (rival, api):  # the rights are those of whose job it is
+        refused = starter.request("PUT", f"/inferences/{theirs}/start")
+        assert refused.status_code == 404
+        assert refused.json()["message"].endswith("type Stable-diffusion is not found")
+    assert designer.request("PUT", f"/inferences/{own}/start").status_code == 400, "no endpoint"
     designer.call("DELETE", "/checkpoints", {"checkpoint_id_list": [id_]})
 
 

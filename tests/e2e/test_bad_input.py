@@ -422,8 +422,10 @@ def test_starting_a_job_that_can_not_run_says_why(api: StrictClient) -> None:
     response = api.request("PUT", f"/inferences/{id_}/start")
     assert response.status_code == 400
     assert response.json()["message"] == 'no available Real-time endpoints for user "admin"'
-    no_model = {"inference_type": "Async", "task_type": "txt2img", "models": {}}
-    refuse(api, "CreateInferenceJob", no_model, says="Stable-diffusion")
+    no_model = api.create_job("txt2img", {}, {"prompt": "a red circle"})
+    response = api.request("PUT", f"/inferences/{no_model}/start")
+    assert response.status_code == 400
+    assert 'txt2img needs {"Stable-diffusion": ["NAME"]}' in response.json()["message"]
     inline = {**body, "payload_string": "{}"}
     refuse(api, "CreateInferenceJob", inline, says="api_params_s3_upload_url")
 

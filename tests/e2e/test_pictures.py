@@ -313,8 +313,7 @@ def test_a_picture_is_enlarged(artist: Client) -> None:
 
 
 def test_a_lora_from_the_registry_changes_the_picture(artist: Client, tmp_path: Path) -> None:
-    """And what it was made with is written down. One that is not named fails the job with what to
-    do about it."""
+    """And what it was made with is written down, also where only the prompt names it."""
     lora = tmp_path / "bright.safetensors"
     key = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_v"
     with safe_open(CHECKPOINT, "pt") as file:
@@ -340,6 +339,22 @@ def test_a_lora_from_the_registry_changes_the_picture(artist: Client, tmp_path: 
         CHECKPOINT.name: hashlib.sha256(CHECKPOINT.read_bytes()).hexdigest(),
         lora.name: hashlib.sha256(lora.read_bytes()).hexdigest(),
     }
-    failed = artist.run_job("txt2img", MODEL, body, seconds=30)
-    assert failed["status"] == "failed"
-    assert 'Name it in models: {"Lora": ["bright"]}' in failed["error"]
+    body["override_settings"] = {"sd_model_checkpoint": CHECKPOINT.stem}
+    unlisted = artist.run_job("txt2img", {}, body)
+    assert np.array_equal(images(artist, unlisted)[0], changed)
+    again = json.loads(artist.download(unlisted["output_presigned_urls"][0]))
+    assert sorted(map(str, again["receipt"]["weights"])) == sorted(
+        map(str, told["receipt"]["weights"])
+    )
+    names = {
+        type_: [model["model_name"] for model in models]
+        for type_, models in unlisted["params"]["used_models"].items()
+    }
+    assert names == {"Stable-diffusion": [CHECKPOINT.name], "Lora": [lora.name]}
+    mistaken = artist.create_job("txt2img", MODEL, params("a red heart <lora:brihgt:1>"))
+    with pytest.raises(
+        Failed, match=r"brihgt, type Lora is not found.*bright\.safetensors"
+    ) as not_found:
+        artist.start_job(mistaken)
+    assert not_found.value.status == 404
+    assert artist.get_job(mistaken)["status"] == "created"

@@ -2,15 +2,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+from datetime import UTC, datetime
 from typing import Any, Literal
 
 from litestar import Request, Response, delete, get, post, put
 from litestar.openapi.datastructures import ResponseSpec
 
 from services.gateway import compat
-from services.gateway.auth import Person
+from services.gateway.auth import Person, person_of
 from services.gateway.dispatch import Ticket
 from services.gateway.errors import ApiError, rejection
+from services.gateway.resolution import FoundFile, NamedByParams, find_file, resolve
 from services.gateway.routes.answers import READ, READ_ONE, WRITE, WRITE_ONE
 from services.gateway.schemas import (
     Answer,
@@ -29,6 +31,7 @@ from services.gateway.state import Gateway, check_page
 from services.gateway.views import job_view, models_view, output_path, place_of
 from shared.contracts.endpoints import SERVING, Endpoint
 from shared.contracts.inference import (
+    CREATED,
     FINISHED,
     CancelJob,
     CreateJob,
@@ -37,15 +40,12 @@ from shared.contracts.inference import (
     StartJob,
     UsedModel,
 )
-from shared.contracts.models import Checkpoint
 from shared.errors import Rejected
-from shared.objects import params_key
+from shared.objects import StoredParams, params_key
+from shared.webui.body_names import PAINTING
 
 NOT_CHECKPOINTS = {"VAE": ("Automatic", "None")}
 """Names that stand for a choice, not for a file."""
-
-PAINTING = ("txt2img", "img2img")
-"""What can't be done without a Stable-diffusion checkpoint."""
 
 Status = Literal["created", "inprogress", "succeed", "failed"]
 
@@ -145,11 +145,13 @@ async def create_inference(
         )
     if gateway.settings.esd_compat:
         await _check_startable(gateway, person, data)
-    if data.task_type in PAINTING and not data.models.get("Stable-diffusion"):
-        raise ApiError(400, f'models: {data.task_type} needs {{"Stable-diffusion": ["NAME"]}}')
     # ESD looks at `models` for paintings only: what its clients name for others may be anything.
     strict = data.task_type in PAINTING or not gateway.settings.esd_compat
-    models, checkpoints = await _resolve(gateway, person, data.models, strict=strict)
+    models, files = await _find_models(gateway, person, data.models, strict=strict)
+    named = None
+    if data.payload_string is not None:
+        params = StoredParams(data.payload_string.encode(), datetime.now(UTC))
+        named = await resolve(data.task_type, params, files, person, gateway.views)
     ticket = await gateway.ticket(request, person)
     job_id = ticket.new_id()
     command = CreateJob(
@@ -158,13 +160,13 @@ async def create_inference(
         inference_type=data.inference_type,
         task_type=data.task_type,
         models=models,
-        checkpoints=checkpoints,
+        checkpoints=[file.checkpoint for file in files],
         params_key=params_key(data.task_type, job_id),
         bucket=gateway.objects.settings.s3_jobs_bucket,
     )
     await gateway.dispatcher.send(command, ticket)
-    if data.payload_string is not None:
-        return await _start_inline(gateway, person, ticket, command, data.payload_string)
+    if data.payload_string is not None and named is not None:
+        return await _start_inline(gateway, person, ticket, command, data.payload_string, named)
     upload_url = gateway.objects.presign(
         "PUT", command.bucket, command.params_key, gateway.settings.upload_presign_seconds
     )
@@ -193,47 +195,40 @@ async def _check_startable(gateway: Gateway, person: Person, data: CreateInferen
         raise rejection(refused.code, refused.message)
 
 
-async def _resolve(
+async def _find_models(
     gateway: Gateway, person: Person, names: dict[str, list[str]], *, strict: bool
-) -> tuple[list[UsedModel], list[Checkpoint]]:
-    """Names to checkpoints that the person may use. Raises ApiError 404 for one that is not, if
-    `strict`; else it is left out."""
-    models, checkpoints = [], []
+) -> tuple[list[UsedModel], list[FoundFile]]:
+    """What names mean among what the person may use: every model, and the files of those that have
+    one. Raises ApiError 404 for what is not found, if `strict`; else it is left out."""
+    models, files = [], []
     for type_, wanted in names.items():
         for name in wanted:
             if name in NOT_CHECKPOINTS.get(type_, ()):
                 models.append(UsedModel(type=type_, name=name))
                 continue
             checkpoint = await gateway.views.find_checkpoint_by_name(type_, name, person)
-            if checkpoint is None:
-                if strict:
-                    raise _no_checkpoint(name, type_)
-                continue
-            file = checkpoint.files[checkpoint.names.index(name)]
-            models.append(
-                UsedModel(
-                    type=type_,
-                    name=name,
-                    checkpoint_id=checkpoint.checkpoint_id,
-                    bucket=checkpoint.bucket,
-                    key=file.key,
-                    size=file.size,
-                    sha256=file.sha256,
-                )
-            )
-            checkpoints.append(checkpoint)
-    return models, checkpoints
+            file = find_file(checkpoint, name) if checkpoint else None
+            if file is not None:
+                models.append(file.used())
+                files.append(file)
+            elif strict:
+                raise _no_checkpoint(name, type_)
+    return models, files
 
 
 async def _start_inline(
-    gateway: Gateway, person: Person, ticket: Ticket, command: CreateJob, params: str
+    gateway: Gateway,
+    person: Person,
+    ticket: Ticket,
+    command: CreateJob,
+    params: str,
+    named: NamedByParams,
 ) -> Response[Any]:
     """ESD profile: the params came with the request."""
     await gateway.objects.client.put_object(
         Bucket=command.bucket, Key=command.params_key, Body=params.encode()
     )
-    job = await _get(gateway, command.job_id)
-    return await _start(gateway, person, job, ticket)
+    return await _start(gateway, person, await _get(gateway, command.job_id), ticket, named)
 
 
 @put(
@@ -249,26 +244,55 @@ async def start_inference(
     request: Request[Any, Any, Any], gateway: Gateway, id: str
 ) -> Response[Answer[InferenceView]]:
     """Starts a job whose params are uploaded. Async: 202. Real-time: 200 with the finished job,
-    or 202 when it takes longer than the gateway waits."""
+    or 202 when it takes longer than the gateway waits. Models that only the params name are found
+    among what the job's owner may use; 404 names what is not, and what is close to it."""
     person, job = await _authorized(request, gateway, id, "inference:create")
-    return await _start(gateway, person, job, await gateway.ticket(request, person))
+    named = await _named_by_params(gateway, person, job)
+    return await _start(gateway, person, job, await gateway.ticket(request, person), named)
 
 
-async def _check_models(gateway: Gateway, person: Person, job: Job) -> None:
-    """What the job was created with may be out of the person's reach by now."""
+async def _listed(gateway: Gateway, owner: Person, job: Job) -> list[FoundFile]:
+    """The files that the job was created with, which may be out of its owner's reach by now."""
+    files = []
     for model in job.models:
         if model.checkpoint_id:
             checkpoint = await gateway.views.find_checkpoint(model.checkpoint_id)
-            if checkpoint is None or not person.may_use_checkpoint(checkpoint):
+            usable = checkpoint is not None and owner.may_use_checkpoint(checkpoint)
+            file = find_file(checkpoint, model.name) if checkpoint and usable else None
+            if file is None:
                 raise _no_checkpoint(model.name, model.type)
+            files.append(file)
+    return files
+
+
+async def _named_by_params(gateway: Gateway, person: Person, job: Job) -> NamedByParams:
+    """Of a job that is about to be started. Raises ApiError for what its owner can't use."""
+    owner = _owner(gateway, person, job)
+    listed = await _listed(gateway, owner, job)
+    if job.status != CREATED:
+        return NamedByParams()  # it is not started again, whatever its params say
+    async with gateway.params_reading:
+        params = await gateway.objects.find_params(job.bucket, job.params_key)
+        if params is None:
+            return NamedByParams()
+        return await resolve(job.task_type, params, listed, owner, gateway.views)
+
+
+def _owner(gateway: Gateway, person: Person, job: Job) -> Person:
+    """Whose rights a job has, whoever starts it. Of one who is gone, what everybody may is left."""
+    if person.username == job.owner:
+        return person
+    nobody = Person(username=job.owner, roles=[], permissions=frozenset())
+    return person_of(gateway.directory, job.owner) or nobody
 
 
 def _no_checkpoint(name: str, type_: str) -> ApiError:
     return ApiError(404, f"checkpoint with name {name}, type {type_} is not found")
 
 
-async def _start(gateway: Gateway, person: Person, job: Job, ticket: Ticket) -> Response[Any]:
-    await _check_models(gateway, person, job)
+async def _start(
+    gateway: Gateway, person: Person, job: Job, ticket: Ticket, named: NamedByParams
+) -> Response[Any]:
     endpoints = await _list_usable_endpoints(gateway, person, job.inference_type)
     command = StartJob(
         job_id=job.job_id,
@@ -276,6 +300,9 @@ async def _start(gateway: Gateway, person: Person, job: Job, ticket: Ticket) -> 
         endpoints=endpoints,
         roles=person.roles,
         administrator=person.is_administrator,
+        params_at=named.params_at,
+        models=named.models,
+        checkpoints=named.checkpoints,
     )
     await gateway.dispatcher.send(command, ticket, step="start")
     started = await _get(gateway, job.job_id)

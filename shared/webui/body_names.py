@@ -1,0 +1,346 @@
+"""Which models a body names, told from the body alone: for who finds them before the job runs.
+
+Only what acts is a name: a field that the worker passes over, or a unit that is switched off, needs
+no model. What is wrong with a body is the worker's to say, so what can't be read names nothing.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator
+from typing import Any, TypedDict
+
+import msgspec
+
+from shared.webui.titles import CHECKPOINT, LORA, UPSCALER, stem_of
+
+VAE, EMBEDDING, CONTROLNET, REMBG = "VAE", "embeddings", "ControlNet", "rembg"
+PAINTING = ("txt2img", "img2img")
+NO_MODEL = {
+    CHECKPOINT: ("", "none", "use same checkpoint"),
+    VAE: ("", "none", "automatic"),
+    UPSCALER: (
+        *("", "none", "lanczos", "nearest"),
+        *("latent", "latent (antialiased)", "latent (bicubic)", "latent (bicubic antialiased)"),
+        *("latent (nearest)", "latent (nearest-exact)"),
+    ),
+    CONTROLNET: ("", "none"),
+}
+"""What stands for a choice and not for a file, in lower case."""
+LONGEST_PROMPT, MOST_CHARACTERS = 100_000, 5_000_000
+"""Of a prompt, and of all that Prompt S/R makes of one: far more than the worker takes."""
+
+
+class NamedModel(msgspec.Struct, frozen=True):
+    """`title`: as the body has it, see `shared.webui.titles`. `field`: where."""
+
+    type: str
+    title: str
+    field: str
+
+
+class BodyNames(msgspec.Struct, frozen=True):
+    """`prompts`: texts in which names of embeddings may stand. `has_checkpoint`: the body itself
+    says which checkpoint every picture begins with."""
+
+    models: list[NamedModel] = []
+    prompts: list[str] = []
+    has_checkpoint: bool = False
+
+
+class _Body(TypedDict, total=False):
+    """What is looked at; pictures, which make a body large, are passed over."""
+
+    prompt: Any
+    negative_prompt: Any
+    hr_prompt: Any
+    hr_negative_prompt: Any
+    enable_hr: Any
+    disable_extra_networks: Any
+    override_settings: Any
+    refiner_checkpoint: Any
+    hr_checkpoint_name: Any
+    hr_upscaler: Any
+    script_name: Any
+    script_args: Any
+    alwayson_scripts: Any
+    upscaler_1: Any
+    upscaler_2: Any
+    extras_upscaler_2_visibility: Any
+    model: Any
+    vitmatte: Any
+    vitmatte_model: Any
+
+
+def names_in(task_type: str, body: bytes) -> BodyNames | None:
+    """Of a body in any form of JSON that the worker reads; None for one that it will refuse. Takes
+    some ten milliseconds where it is as large as it may be."""
+    raw = _read(body)
+    if raw is None:
+        return None
+    if task_type in PAINTING:
+        return _of_painting(raw, task_type)
+    found = _of_rembg(raw) if task_type == "rembg" else _of_upscaling(raw)
+    return BodyNames(_distinct(found))
+
+
+def _read(body: bytes) -> _Body | None:
+    """Quickly what is plain JSON in UTF-8; NaN, other encodings and halves of characters as the
+    standard library reads them."""
+    try:
+        return msgspec.json.decode(body, type=_Body)
+    except (msgspec.MsgspecError, RecursionError):
+        pass
+    try:
+        raw = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    return raw if isinstance(raw, dict) else None  # type: ignore[return-value]
+
+
+# txt2img, img2img
+
+
+def _of_painting(raw: _Body, task_type: str) -> BodyNames:
+    axes = plot_axes(raw, task_type)
+    hires = task_type == "txt2img" and _flag(raw.get("enable_hr"))
+    settings = _object(raw.get("override_settings"))
+    checkpoint = _either(axes, "checkpoint name", settings.get("sd_model_checkpoint"))
+    fields = [
+        (CHECKPOINT, "override_settings.sd_model_checkpoint", checkpoint),
+        (VAE, "override_settings.sd_vae", _either(axes, "vae", settings.get("sd_vae"))),
+        (
+            CHECKPOINT,
+            "refiner_checkpoint",
+            _either(axes, "refiner checkpoint", raw.get("refiner_checkpoint")),
+        ),
+    ]
+    if hires:
+        fields += [
+            (CHECKPOINT, "hr_checkpoint_name", [raw.get("hr_checkpoint_name")]),
+            (UPSCALER, "hr_upscaler", _either(axes, "hires upscaler", raw.get("hr_upscaler"))),
+        ]
+    fields += _of_sd_upscale(raw, task_type)
+    found = [*_models(fields), *_of_scripts(raw.get("alwayson_scripts"))]
+    prompts = _replaced(_prompt(raw.get("prompt")), axes)
+    acting = {"prompt": prompts}
+    others = _replaced(_prompt(raw.get("negative_prompt")), axes)
+    if hires:
+        acting["hr_prompt"] = [_prompt(raw.get("hr_prompt"))]
+        others += [_prompt(raw.get("hr_negative_prompt"))]
+    if not _flag(raw.get("disable_extra_networks")):
+        found += [
+            NamedModel(LORA, name, f"{field}: <{kind}:…>")
+            for field, texts in acting.items()
+            for text in texts
+            for kind, name in networks_in(text)
+        ]
+    plain = [_NETWORK.sub("", text) for texts in (*acting.values(), others) for text in texts]
+    return BodyNames(
+        _distinct(found),
+        list(dict.fromkeys(filter(None, plain))),
+        any(_text(title) for title in checkpoint),
+    )
+
+
+def _models(fields: Iterable[tuple[str, str, list[Any]]]) -> Iterator[NamedModel]:
+    for type_, field, titles in fields:
+        for title in map(_text, titles):
+            if title.lower() not in NO_MODEL[type_]:
+                yield NamedModel(type_, title, field)
+
+
+def _of_scripts(given: Any) -> Iterator[NamedModel]:
+    for name, script in _object(given).items():
+        arguments = _object(script).get("args")
+        arguments = arguments if isinstance(arguments, list) else []
+        where = f"alwayson_scripts.{name.lower()}.args"
+        if name.lower() == "controlnet":
+            for number, unit in enumerate(map(_object, arguments)):
+                if _flag(unit.get("enabled"), usually=True):
+                    yield from _models(
+                        [(CONTROLNET, f"{where}[{number}].model", [unit.get("model")])]
+                    )
+        elif name.lower() == "refiner" and len(arguments) > 1 and _flag(arguments[0]):
+            yield from _models([(CHECKPOINT, where, [arguments[1]])])
+
+
+SD_UPSCALE = "sd upscale"
+"""The webui's name of the script, in lower case; its upscaler is the third value."""
+
+
+def _of_sd_upscale(raw: _Body, task_type: str) -> list[tuple[str, str, list[Any]]]:
+    given = raw.get("script_args")
+    runs = task_type == "img2img" and _text(raw.get("script_name")).lower() == SD_UPSCALE
+    if not runs or not isinstance(given, list):
+        return []
+    return [(UPSCALER, "script_args: upscaler", given[2:3])]
+
+
+_NETWORK = re.compile(r"<(\w+):([^<>]+)>")
+_ACTING = ("lora", "lyco")
+
+
+def networks_in(prompt: str) -> list[tuple[str, str]]:
+    """`<lora:name:…>` -> its kind and name, of the kinds that act."""
+    return [
+        (kind, name)
+        for kind, arguments in _NETWORK.findall(prompt)
+        if kind in _ACTING and (name := arguments.partition(":")[0].strip())
+    ]
+
+
+# X/Y/Z plot
+
+PLOT = "x/y/z plot"
+"""The webui's name of the script, in lower case."""
+MODEL_AXES = {
+    "prompt s/r": {"txt2img": 7, "img2img": 7},
+    "checkpoint name": {"txt2img": 11, "img2img": 10},
+    "hires upscaler": {"txt2img": 26},
+    "vae": {"txt2img": 27, "img2img": 26},
+    "refiner checkpoint": {"txt2img": 35, "img2img": 34},
+}
+"""Those that put names of models into a body, and the numbers that the webui 1.7 gives them."""
+_TYPED = "prompt s/r"
+"""The one whose values are typed; those of the others are chosen from a list."""
+
+
+def plot_axes(raw: _Body, task_type: str) -> list[tuple[str, list[str]]]:
+    """The axes of models, and their values: for the body of a plot, else none."""
+    given = raw.get("script_args")
+    if _text(raw.get("script_name")).lower() != PLOT or not isinstance(given, list):
+        return []
+    rest = given[13:] if len(given) <= 17 else given[16:]
+    csv_mode = len(rest) > 1 and _flag(rest[1])
+    axes = []
+    for type_, typed, chosen in zip(*[iter(given[:9])] * 3, strict=False):
+        for label, numbers in MODEL_AXES.items():
+            if type_ == numbers.get(task_type) or _text(type_).lower() == label:
+                choose = chosen and not csv_mode and label != _TYPED
+                axes.append((label, _values(chosen if choose else typed)))
+    return axes
+
+
+def _values(given: Any) -> list[str]:
+    if not isinstance(given, str):
+        return [str(one) for one in given] if isinstance(given, list) else []
+    try:
+        return [one.strip() for row in csv.reader(io.StringIO(given)) for one in row]
+    except csv.Error:
+        return []
+
+
+def _either(axes: list[tuple[str, list[str]]], label: str, own: Any) -> list[Any]:
+    """What the cells of a plot have in a field, or the body's own."""
+    cells = [value for name, values in axes if name == label for value in values]
+    return cells or [own]
+
+
+def _replaced(prompt: str, axes: list[tuple[str, list[str]]]) -> list[str]:
+    """What a prompt becomes in the cells of a plot, by Prompt S/R."""
+    texts = [prompt]
+    for label, values in axes:
+        if label == _TYPED and values:
+            texts = [*_with_each(texts, values[0], values)]
+    return texts
+
+
+def _with_each(texts: list[str], searched: str, values: list[str]) -> Iterator[str]:
+    room = MOST_CHARACTERS
+    for text, value in itertools.product(texts, values):
+        length = len(text) + text.count(searched) * (len(value) - len(searched))
+        room -= 100 + max(0, length)  # a text has its price however short it is
+        if room < 0:
+            return
+        if length <= LONGEST_PROMPT:
+            yield text.replace(searched, value)
+
+
+# rembg, extra-single-image
+
+SAM = ("sam_vit_b_01ec64.encoder.onnx", "sam_vit_b_01ec64.decoder.onnx")
+VITMATTE = "vitmatte-small-distinctions-646"
+"""What `vitmatte` takes without a `vitmatte_model`."""
+
+
+def _of_rembg(raw: _Body) -> Iterator[NamedModel]:
+    session = _text(raw.get("model"))
+    if not session.endswith("_custom"):  # of those the job itself names the file
+        titles = SAM if stem_of(session) == "sam" else (session,)
+        yield from (NamedModel(REMBG, title, "model") for title in titles if title)
+    if _flag(raw.get("vitmatte")):
+        given = _text(raw.get("vitmatte_model"))
+        yield NamedModel(REMBG, f"vitmatte-{given}" if given else VITMATTE, "vitmatte_model")
+
+
+def _of_upscaling(raw: _Body) -> Iterator[NamedModel]:
+    fields = [(UPSCALER, "upscaler_1", [raw.get("upscaler_1")])]
+    if _number(raw.get("extras_upscaler_2_visibility")) > 0:
+        fields.append((UPSCALER, "upscaler_2", [raw.get("upscaler_2")]))
+    return _models(fields)
+
+
+# Embeddings
+
+_WORD = re.compile(r"[^\W\d_]+|\d|[^\s\w]|_")
+
+
+def squeezed(prompt: str) -> str:
+    """In lower case and without spaces and escapes. A text that has the name of an embedding has
+    the name's letters in this."""
+    return "".join(_lowered(prompt).split())
+
+
+def has_word(prompt: str, name: str) -> bool:
+    """Whether a name stands in a prompt as whole words, in the sense of CLIP's tokenizer: runs of
+    letters, single digits and signs. What stands for it may still be another, longer name: the
+    worker, which has the tokens, decides."""
+    words, wanted = (" ".join(["", *_WORD.findall(_lowered(one)), ""]) for one in (prompt, name))
+    return bool(wanted.strip()) and wanted in words
+
+
+def _lowered(text: str) -> str:
+    return unicodedata.normalize("NFC", text.replace("\\", "")).lower()
+
+
+# Values, as leniently as the worker takes them
+
+
+def _object(given: Any) -> dict[str, Any]:
+    return given if isinstance(given, dict) else {}
+
+
+def _text(given: Any) -> str:
+    return given.strip() if isinstance(given, str) else ""
+
+
+def _prompt(given: Any) -> str:
+    return given if isinstance(given, str) and len(given) <= LONGEST_PROMPT else ""
+
+
+def _flag(given: Any, *, usually: bool = False) -> bool:
+    try:
+        return usually if given is None else msgspec.convert(given, bool, strict=False)
+    except msgspec.ValidationError:
+        return False
+
+
+def _number(given: Any) -> float:
+    try:
+        return msgspec.convert(given, float, strict=False)
+    except msgspec.ValidationError:
+        return 0.0
+
+
+def _distinct(found: Iterable[NamedModel]) -> list[NamedModel]:
+    """One of each title, where it stands first."""
+    by_title: dict[tuple[str, str], NamedModel] = {}
+    for one in found:
+        by_title.setdefault((one.type, one.title), one)
+    return [*by_title.values()]
