@@ -11,7 +11,9 @@ from __future__ import annotations
 import math
 import re
 from array import array
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
+from itertools import groupby, pairwise
 
 import msgspec
 import numpy as np
@@ -98,18 +100,24 @@ class Phase(msgspec.Struct, frozen=True):
 
 
 class _Switch(msgspec.Struct, frozen=True):
+    """`height`: how many that change lie within each other, with this one."""
+
     before: list[_Node]
     after: list[_Node]
     when: str
+    height: int
 
 
 class _Turns(msgspec.Struct, frozen=True):
     options: list[list[_Node]]
+    height: int
 
 
 _Node = str | _Switch | _Turns
 
-_WHEN = re.compile(r"\s*[-+]?(?:\d+(?:\.\d*)?|\.\d+)\s*")
+_SIGN = re.compile(r"\\.|[\\\[\]():|]")
+"""What is more than itself; a backslash takes the next sign along, if that is in its line."""
+_WHEN = re.compile(r"\s*[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?\s*")
 _CLOSES = {")": "(", "]": "["}
 MOST_NESTED = 50
 """Brackets within each other that may change with the steps; those around them are plain text."""
@@ -133,71 +141,89 @@ def text_at(phases: Sequence[Phase], call: int) -> int:
     return next((n for n, phase in enumerate(phases) if call <= phase.until), 0)
 
 
+class _Open(msgspec.Struct):
+    """A bracket that may close. `marks`: the `:` and `|` directly within it. `inner`: how many of
+    what was found lie before it."""
+
+    start: int
+    inner: int
+    marks: list[int] = []
+
+    def has_turns(self, text: str) -> bool:
+        return any(text[mark] == "|" for mark in self.marks)
+
+
+class _Found(msgspec.Struct, frozen=True):
+    start: int
+    end: int
+    node: _Switch | _Turns
+
+
 def _parse(text: str) -> list[_Node]:
-    return _parse_range(text, 0, len(text), _match_brackets(text))
+    """By the webui's grammar: brackets and colons may be stray where they are in no whole bracket,
+    but a `|` that is in none, and a backslash with nothing behind it, are no prompt, and nothing in
+    such a text changes. Where the grammar allows to read brackets as stray or as whole, and the
+    webui does now one and now the other, they are whole."""
+    found: list[_Found] = []
+    opened: list[_Open] = []
+    for sign in _SIGN.finditer(text):
+        at, what = sign.start(), sign[0]
+        if what == "\\":
+            return [text]
+        if what in ("(", "["):
+            opened.append(_Open(at, len(found)))
+        elif what in (":", "|"):
+            if opened:
+                opened[-1].marks.append(at)
+            elif what == "|":
+                return [text]
+        elif what in _CLOSES and opened:
+            last = opened.pop()
+            if text[last.start] != _CLOSES[what] or not _close(text, last, at, found):
+                # It is stray, and so is all that it would be in.
+                if any(one.has_turns(text) for one in (last, *opened)):
+                    return [text]
+                opened.clear()
+    if any(one.has_turns(text) for one in opened):
+        return [text]
+    return _nodes(text, 0, len(text), found)
 
 
-def _match_brackets(text: str) -> dict[int, int]:
-    """Where each bracket that is opened closes; stray ones are missing."""
-    pairs: dict[int, int] = {}
-    opened: list[int] = []
-    heights = [0]  # of what lies within each of them, and within none
-    position = 0
-    while position < len(text):
-        sign = text[position]
-        if sign == "\\":
-            position += 1
-        elif sign in "([":
-            opened.append(position)
-            heights.append(0)
-        elif sign in _CLOSES and opened and text[opened[-1]] == _CLOSES[sign]:
-            start, height = opened.pop(), heights.pop() + 1
-            if height <= MOST_NESTED:
-                pairs[start] = position
-            heights[-1] = max(heights[-1], height)
-        position += 1
-    return pairs
-
-
-def _parse_range(text: str, start: int, end: int, pairs: dict[int, int]) -> list[_Node]:
-    nodes: list[_Node] = []
-    plain = position = start
-    while position < end:
-        close = pairs.get(position)
-        if close is not None and text[position] == "[":
-            special = _parse_brackets(text, position, close, pairs)
-            if special:
-                nodes += [text[plain:position], special]
-                plain = position = close + 1
-                continue
-        position += 2 if text[position] == "\\" else 1
-    nodes.append(text[plain:end])
-    return nodes
-
-
-def _parse_brackets(
-    text: str, opening: int, close: int, pairs: dict[int, int]
-) -> _Switch | _Turns | None:
-    """None for brackets that only lower the attention."""
-    marks, position = [opening], opening + 1
-    while position < close:
-        inner = pairs.get(position)
-        if inner is not None:
-            position = inner
-        elif text[position] == "\\":
-            position += 1
-        elif text[position] in ":|":
-            marks.append(position)
-        position += 1
-    ranges = [(a + 1, b) for a, b in zip(marks, [*marks[1:], close], strict=True)]
-    signs = {text[mark] for mark in marks[1:]}
+def _close(text: str, bracket: _Open, end: int, found: list[_Found]) -> bool:
+    """False for a bracket that is none by the grammar. One that changes with the steps takes the
+    place of what was found in it; of others nothing is kept."""
+    edges = [bracket.start, *bracket.marks, end]
+    ranges = [(before + 1, after) for before, after in pairwise(edges)]
+    signs = {text[mark] for mark in bracket.marks}
+    if text[bracket.start] == "(":
+        return "|" not in signs and len(ranges) <= 2
+    if not signs:
+        return True
+    inner = found[bracket.inner :]
+    height = 1 + max((one.node.height for one in inner), default=0)
+    node: _Switch | _Turns
     if signs == {"|"}:
-        return _Turns([_parse_range(text, *one, pairs) for one in ranges])
-    if signs == {":"} and len(ranges) in (2, 3) and _WHEN.fullmatch(text[slice(*ranges[-1])]):
-        texts = [_parse_range(text, *one, pairs) for one in ranges[:-1]]
+        node = _Turns([_nodes(text, *one, inner) for one in ranges], height)
+    elif signs == {":"} and len(ranges) <= 3 and _WHEN.fullmatch(text[slice(*ranges[-1])]):
+        texts = [_nodes(text, *one, inner) for one in ranges[:-1]]
         before: list[_Node] = texts[0] if len(texts) == 2 else []
-        return _Switch(before, texts[-1], text[slice(*ranges[-1])].strip())
-    return None
+        node = _Switch(before, texts[-1], text[slice(*ranges[-1])].strip(), height)
+    else:
+        return False
+    if height <= MOST_NESTED:
+        found[bracket.inner :] = [_Found(bracket.start, end + 1, node)]
+    return True
+
+
+def _nodes(text: str, start: int, end: int, found: Sequence[_Found]) -> list[_Node]:
+    """A part of the text, with what was found in it. `found`: in their order."""
+    nodes: list[_Node] = []
+    first, last = (bisect_left(found, at, key=lambda one: one.start) for at in (start, end))
+    for one in found[first:last]:
+        nodes += [text[start : one.start], one.node]
+        start = one.end
+    nodes.append(text[start:end])
+    return nodes
 
 
 def _step_of(when: str, steps: int, done_before: int | None) -> int:
@@ -255,11 +281,15 @@ _PIECES = re.compile(
     re.VERBOSE,
 )
 _BREAK = re.compile(r"\bBREAK\b")
+BREAK, BREAKS = "BREAK", -1.0
+"""The word, and the attention by which it is more than that. Brackets change it, so that within
+them it is a word, unless they come to nothing."""
 
 
 def parse_attention(prompt: str) -> list[Weighted]:
-    """`a (red:1.2) ball` -> a ×1, red ×1.2, ball ×1. Brackets that never close count, too."""
-    texts: list[str | None] = []
+    """`a (red:1.2) ball` -> a ×1, red ×1.2, ball ×1. Brackets that never close count, too. A BREAK
+    that they change is a word, of less than no attention, as in the webui."""
+    texts: list[str] = []
     weights = array("d")
     round_starts: list[int] = []
     square_starts: list[int] = []
@@ -288,8 +318,8 @@ def parse_attention(prompt: str) -> list[Weighted]:
             parts = _BREAK.split(text)
             for number, part in enumerate(parts):
                 if number:
-                    texts.append(None)
-                    weights.append(1.0)
+                    texts.append(BREAK)
+                    weights.append(BREAKS)
                     part = part.lstrip()
                 texts.append(part.rstrip() if number < len(parts) - 1 else part)
                 weights.append(1.0)
@@ -309,15 +339,13 @@ def _number(text: str | None) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _merged(texts: Sequence[str | None], weights: Sequence[float]) -> list[Weighted]:
+def _merged(texts: Sequence[str], weights: Sequence[float]) -> list[Weighted]:
     """Neighbours of one weight become one text: words are not to be cut by a lone bracket."""
-    merged: list[Weighted] = []
-    for text, weight in zip(texts, weights, strict=True):
-        last = merged[-1] if merged else None
-        if last and last.text is not None and text is not None and last.weight == weight:
-            merged[-1] = Weighted(last.text + text, weight)
-        elif text is None:
-            merged.append(Weighted(None))
-        else:
-            merged.append(Weighted(text, weight))
-    return merged or [Weighted("")]
+    merged = [
+        ("".join(text for text, _ in alike), weight)
+        for weight, alike in groupby(zip(texts, weights, strict=True), key=lambda one: one[1])
+    ]
+    return [
+        Weighted(None) if (text, weight) == (BREAK, BREAKS) else Weighted(text, weight)
+        for text, weight in merged or [("", 1.0)]
+    ]
