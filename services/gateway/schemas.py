@@ -300,7 +300,8 @@ class ListedCheckpoints(Struct, frozen=True, kw_only=True):
 class CreateEndpointBody(Struct, frozen=True, kw_only=True):
     """`creator` is ignored: the creator is who asks. With `autoscaling_enabled` the number of
     instances follows the jobs that wait, between `min_instance_number` (by default 0 for Async, 1
-    for Real-time) and `max_instance_number` (by default `initial_instance_count`)."""
+    for Real-time) and `max_instance_number` (by default `initial_instance_count`). The last four
+    are what ESD's clients send: what they ask for is refused."""
 
     endpoint_type: InferenceType
     instance_type: Annotated[str, Meta(min_length=1, max_length=64)]
@@ -313,6 +314,10 @@ class CreateEndpointBody(Struct, frozen=True, kw_only=True):
     creator: str = ""
     max_instance_number: Count | UnsetType = UNSET
     min_instance_number: Count | UnsetType = UNSET
+    service_type: Literal["sd"] = "sd"
+    workflow_name: str | None = None
+    custom_docker_image_uri: str | None = None
+    custom_extensions: str | None = None
 
 
 class DeleteEndpointsBody(Struct, frozen=True, kw_only=True):

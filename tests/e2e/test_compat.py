@@ -261,7 +261,17 @@ def test_endpoints_get_their_prefix_and_go_by_either_list(
         "assign_to_roles": ["IT Operator"],
         "creator": "admin",
     }
-    made = admin.request("POST", "/endpoints", body)
+    for field, wish, says in (
+        ("service_type", "comfy", "service_type: "),
+        ("workflow_name", "mine", "workflow mine not found"),
+        ("custom_docker_image_uri", "x.dkr.ecr/y:z", "custom_docker_image_uri: "),
+        ("custom_extensions", "https://x.example/y.git", "custom_extensions: "),
+    ):
+        lacking = admin.request("POST", "/endpoints", {**body, field: wish})
+        assert lacking.status_code == 400
+        assert lacking.json()["message"].startswith(says)
+    nothing = {"service_type": "sd", "workflow_name": "", "custom_extensions": ""}
+    made = admin.request("POST", "/endpoints", {**body, **nothing})
     assert made.status_code == 200
     full = f"esd-real-time-{name}"
     assert made.json()["data"]["endpoint_name"] == full

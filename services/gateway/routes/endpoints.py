@@ -82,6 +82,7 @@ async def create_endpoint(
 ) -> Answer[EndpointView]:
     """Deploys a pool of workers. It takes jobs once GET /endpoints shows it `InService`."""
     person = await gateway.authorize(request, "sagemaker_endpoint:create")
+    _check_image(data)
     instances, least, most = _counts(data)
     for role in data.assign_to_roles:
         if role not in gateway.directory.roles:
@@ -106,6 +107,17 @@ async def create_endpoint(
     if endpoint is None:
         raise ApiError(404, f'endpoint "{name}" not found')
     return Answer(200, endpoint_view(endpoint), f"Endpoint deployment started: {name}")
+
+
+def _check_image(data: CreateEndpointBody) -> None:
+    """Raises ApiError for wishes about what runs on an endpoint."""
+    if data.workflow_name:
+        raise ApiError(400, f"workflow {data.workflow_name} not found: there are none here")
+    for field in ("custom_docker_image_uri", "custom_extensions"):
+        if getattr(data, field):
+            raise ApiError(
+                400, f"{field}: workers run the image of their instance_type; leave it out"
+            )
 
 
 def _counts(data: CreateEndpointBody) -> tuple[int, int | None, int | None]:
