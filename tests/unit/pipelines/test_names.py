@@ -12,6 +12,7 @@ import msgspec
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from services.inference.worker.pipelines import JobFailure
 from services.inference.worker.pipelines.library import Models
@@ -116,6 +117,45 @@ def test_an_embedding_acts_by_each_of_its_names(easel: Easel, tmp_path: Path) ->
         assert done[word].fields["TI hashes"] == f"{word}: {sha256_of(path)[:12]}"
         assert done[word].rows != easel.paint(prompt=prompt, steps=1).rows
     assert done["zorb"].rows == done["blub"].rows == done["zorb (v2)"].rows
+
+
+def test_a_network_brings_embeddings_with_it(
+    easel: Easel, loras: list[Path], tmp_path: Path
+) -> None:
+    """They act in the texts of a pass that has the network, and only there."""
+    alone = small.write_embedding(tmp_path / "vectors")
+    (vectors,) = load_file(alone).values()
+    words = {
+        "zorb.string_to_param.*": vectors,
+        "zorb.two.clip_l": -vectors,
+        "bad.clip_l": vectors.T,
+    }
+    bundle = load_file(loras[0]) | {f"bundle_emb.{word}": v for word, v in words.items()}
+    lora: Model = ("Lora", "style.safetensors", small.write(tmp_path / "bundle", bundle))
+    bare: Model = ("Lora", "style.safetensors", loras[0])
+    vectors_of: Model = ("embeddings", "zorb.safetensors", alone)
+    worn, steps = "<lora:style:1>", {"steps": 1}
+    for field in ("prompt", "negative_prompt"):
+        body = {**steps, "prompt": f"a red circle{worn}", field: f"a zorb{worn}"}
+        if field == "negative_prompt":
+            body[field] = "a zorb"
+        done = easel.paint(lora, **body)
+        assert done.rows == easel.paint(bare, vectors_of, **body).rows
+        assert done.rows != easel.paint(bare, **body).rows
+        assert [name for name, _ in weights_of(done)] == [lora[1]]
+        assert "TI hashes" not in done.fields
+        assert not done.warnings
+    other = easel.paint(lora, prompt=f"a zorb.two{worn}", **steps)
+    assert other.rows != easel.paint(bare, prompt=f"a zorb.two{worn}", **steps).rows
+    with pytest.raises(JobFailure, match=r"bad in style.safetensors .* vectors"):
+        easel.paint(lora, prompt=f"a bad{worn}", **steps)
+    both = easel.paint(lora, vectors_of, prompt=f"a zorb{worn}", **steps)
+    assert both.warnings == ["zorb in style.safetensors has no effect; zorb.safetensors has"]
+    hires = {"enable_hr": True, "hr_scale": 1.5, "denoising_strength": 0.7, **steps}
+    second = {"prompt": "a zorb", "hr_prompt": f"a zorb{worn}", **hires}
+    with_both = easel.paint(bare, vectors_of, **{**second, "prompt": "a red"})
+    assert easel.paint(lora, **{**second, "prompt": "a red"}).rows == with_both.rows
+    assert easel.paint(lora, **second).rows != easel.paint(bare, vectors_of, **second).rows
 
 
 @pytest.mark.parametrize("prompt", ["a red zorbing <lora:zorb:1>", "a red circle", "a :zorb-less"])

@@ -45,9 +45,10 @@ from services.inference.worker.pipelines.enlarging import Upscaler, find_upscale
 from services.inference.worker.pipelines.library import Library, Models, Shelved, receipt
 from services.inference.worker.pipelines.models.checkpoints import Checkpoint, set_tiling
 from services.inference.worker.pipelines.models.components import tokenizer
+from services.inference.worker.pipelines.models.embeddings import Embedding
 from services.inference.worker.pipelines.models.families import configs_of
 from services.inference.worker.pipelines.models.files import ModelFile
-from services.inference.worker.pipelines.models.networks import Worn
+from services.inference.worker.pipelines.models.networks import Worn, bundled_words
 from services.inference.worker.pipelines.params.painting import (
     OverrideSettings,
     PaintingParams,
@@ -116,6 +117,18 @@ class Studio(msgspec.Struct, frozen=True, eq=False):
     vae_lock: Any = msgspec.field(default_factory=threading.Lock)
 
 
+class EmbeddingSource(msgspec.Struct, frozen=True, eq=False):
+    """Where the vectors of a word are. `bundled`: in the file of a network."""
+
+    word: str
+    file: ModelFile
+    bundled: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.word} in {self.file.name}" if self.bundled else self.file.name
+
+
 class PaintingPlan:
     def __init__(self, job: RunJob, raw: Body, files: Mapping[str, Path], studio: Studio) -> None:
         """Raises JobFailure."""
@@ -141,13 +154,16 @@ class PaintingPlan:
         if self.params.enable_hr:
             self.hr_networks = self._find_networks(hr_networks, "hr_prompt")
         first = self.params.steps * self.params.sampler.calls
-        self.embeddings = self._find_embeddings(self.prompt, self.params.negative_prompt, first)
-        self.hr_embeddings: Mapping[str, ModelFile] = {}
+        self.embeddings = self._find_embeddings(
+            self.prompt, self.params.negative_prompt, self.networks, first
+        )
+        self.hr_embeddings: Mapping[str, EmbeddingSource] = {}
         if self.params.enable_hr:
             steps = self.params.hr_second_pass_steps or self.params.steps
             self.hr_embeddings = self._find_embeddings(
                 self.hr_prompt,
                 self.params.hr_negative_prompt,
+                self.hr_networks,
                 steps * self.params.hr_sampler.calls,
                 done_before=first,
             )
@@ -210,23 +226,46 @@ class PaintingPlan:
         return found
 
     def _find_embeddings(
-        self, prompt: str, negative: str, calls: int, *, done_before: int | None = None
-    ) -> dict[str, ModelFile]:
-        """Those that a pass of so many calls reads in one of its texts, by their words. One that
-        only the params name and that is for another family is just a word."""
+        self,
+        prompt: str,
+        negative: str,
+        networks: Sequence[tuple[ModelFile, Network]],
+        calls: int,
+        *,
+        done_before: int | None = None,
+    ) -> dict[str, EmbeddingSource]:
+        """Those that a pass of so many calls reads in one of its texts, by their words: those that
+        the job names, then those that its networks bring, as in the webui. One that only the
+        params name and that is for another family is just a word."""
         named: dict[str, Shelved] = {}
         for model in self.models.of(EMBEDDING):
             if not model.from_params or self._may_fit(model):
                 named.setdefault(model.stem, model)
-        if not named:
+        bundled: dict[str, list[ModelFile]] = {}
+        for file, _ in networks:
+            for word in bundled_words(file.header):
+                bundled.setdefault(word, []).append(file)
+        if not named and not bundled:
             return {}
         texts = [
             phase.text
             for part in (*split_parts(prompt), Part(negative))
             for phase in plan_phases(part.text, calls, done_before=done_before)
         ]
-        words = words_in(texts, tokenizer(), [*named])
-        return {word: self._open(self.models.use(named[word])) for word in words}
+        found: dict[str, EmbeddingSource] = {}
+        for word in words_in(texts, tokenizer(), [*(named | bundled)]):
+            sources = [EmbeddingSource(word, file, bundled=True) for file in bundled.get(word, [])]
+            if word in named:
+                sources.insert(0, EmbeddingSource(word, self._open(self.models.use(named[word]))))
+            found[word], *others = sources
+            for other in others:
+                if other.file != found[word].file:
+                    self.warn(f"{other.name} has no effect; {found[word].name} has")
+        return found
+
+    def warn(self, text: str) -> None:
+        if text not in self.warnings:
+            self.warnings.append(text)
 
     def _may_fit(self, embedding: Shelved) -> bool:
         return embedding_fits(describe(self._open(embedding).header).widths, [self.kind.family])
@@ -448,8 +487,7 @@ class Painting:
         return worn
 
     def _warn(self, text: str) -> None:
-        if text not in self.plan.warnings:
-            self.plan.warnings.append(text)
+        self.plan.warn(text)
 
     # Passes
 
@@ -496,25 +534,30 @@ class Painting:
 
     def _words(
         self,
-        files: Mapping[str, ModelFile],
+        sources: Mapping[str, EmbeddingSource],
         checkpoint: Checkpoint,
         checkpoint_file: ModelFile,
         refiner: Net | None,
     ) -> Words:
-        """`files`: of embeddings, by their words. Raises JobFailure for one that does not fit a
+        """`sources`: of embeddings, by their words. Raises JobFailure for one that does not fit a
         checkpoint that reads the texts."""
-        embeddings = {word: self.library.embedding(file) for word, file in files.items()}
+        embeddings = {word: self._embedding(source) for word, source in sources.items()}
         readers = [(checkpoint, checkpoint_file)]
         if refiner is not None and self.plan.refiner is not None:
             readers.append((refiner.checkpoint, self.plan.refiner))
         for reader, reader_file in readers:
             for word, embedding in embeddings.items():
-                embedding.check_fits(reader.text_encoders, files[word].name, reader_file.name)
+                embedding.check_fits(reader.text_encoders, sources[word].name, reader_file.name)
         return Words(
             self.settings.CLIP_stop_at_last_layers,
             self.settings.comma_padding_backtrack,
             embeddings,
         )
+
+    def _embedding(self, source: EmbeddingSource) -> Embedding:
+        if source.bundled:
+            return self.library.network(source.file).embedding(source.word, source.name)
+        return self.library.embedding(source.file)
 
     def _render(self, first: Pass, start: Start | None, seeds: Sequence[tuple[int, int]]) -> Asking:
         """Latents of one batch, ready for the VAE: (pictures, 4, height / 8, width / 8)."""
@@ -1144,7 +1187,11 @@ class Painting:
             for file, network in self.plan.networks
         )
         embeddings = {**self.plan.embeddings, **self.plan.hr_embeddings}
-        words = ", ".join(f"{word}: {self._hash(file)[:12]}" for word, file in embeddings.items())
+        words = ", ".join(
+            f"{word}: {self._hash(source.file)[:12]}"
+            for word, source in embeddings.items()
+            if not source.bundled  # the network's hash stands for it
+        )
         return {"Lora hashes": loras or None, "TI hashes": words or None}
 
     def _hash(self, file: ModelFile) -> str:

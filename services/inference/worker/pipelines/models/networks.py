@@ -22,7 +22,9 @@ from services.inference.worker.pipelines import JobFailure
 from services.inference.worker.pipelines.memory import is_out_of_memory
 from services.inference.worker.pipelines.models import layouts
 from services.inference.worker.pipelines.models.components import TextEncoder
+from services.inference.worker.pipelines.models.embeddings import Embedding
 from services.inference.worker.pipelines.models.files import ModelFile
+from shared.weights.headers import Header
 from shared.weights.kinds import network_family, recognise
 
 Parts = dict[str, Tensor]
@@ -70,12 +72,13 @@ _SPELLINGS = (
 )
 """How diffusers and PEFT call the parts of kohya's files; with the name of an adapter, or not."""
 _PART_OF_PROCESSOR = re.compile(r"(.*)\.processor\.(to_\w+)_lora\.(down|up)\.weight")
-_BUNDLED = re.compile(r"bundle_emb\.(.+?)\.(string_to_param\..+|clip_l|clip_g|[^.]+)")
+_BUNDLED = re.compile(r"bundle_emb\.(.+?)\.(string_to_param\..+|clip_l|clip_g|emb_params)")
+"""An embedding that comes with a network: its word, and what a file of it would have."""
 
 
 class NetworkFile:
-    """One network. `modules`: what it has for which module. `bundled`: the tensors of embeddings
-    that come with it, by their names. `unknown`: its tensors of which nothing is known here.
+    """One network. `modules`: what it has for which module. `unknown`: its tensors of which nothing
+    is known here.
 
     Raises JobFailure for a file that is none, or of a form that is not known here."""
 
@@ -86,14 +89,13 @@ class NetworkFile:
         self.file = file
         self.family = network_family(file.header)
         self.modules: dict[str, Parts] = {}
-        self.bundled: dict[str, dict[str, Tensor]] = {}
         self.unknown: list[str] = []
+        self._bundled: dict[str, Parts] = {}
         for key, tensor in file.read().items():
-            bundled = _BUNDLED.fullmatch(key)
+            bundled, place = _BUNDLED.fullmatch(key), _place(key)
             if bundled:
-                self.bundled.setdefault(bundled[1], {})[bundled[2]] = tensor
+                self._bundled.setdefault(bundled[1], {})[bundled[2]] = tensor
                 continue
-            place = _place(key)
             if place is None:
                 self.unknown.append(key)
                 continue
@@ -125,9 +127,20 @@ class NetworkFile:
                 if part in parts and parts[part].numel() != 1:
                     raise JobFailure(f"{name}: the {part} of {module} is not one number")
 
+    def embedding(self, word: str, name: str) -> Embedding:
+        """One that it brings with it. `name`: for the reason. Raises JobFailure for what is no
+        embedding."""
+        return Embedding(self._bundled[word], name, (self.file.identity(), word))
+
     def tensors(self) -> list[Tensor]:
-        held = (*self.modules.values(), *self.bundled.values())
+        held = (*self.modules.values(), *self._bundled.values())
         return [tensor for parts in held for tensor in parts.values()]
+
+
+def bundled_words(header: Header) -> list[str]:
+    """The words of the embeddings that a network brings with it."""
+    found = (_BUNDLED.fullmatch(name) for name in header.tensors)
+    return list(dict.fromkeys(match[1] for match in found if match))
 
 
 _KNOWN_FORMS = "LoRA, LoCon, LoHa, LoKr, IA3, full differences, and DoRA on them"
