@@ -212,6 +212,7 @@ class Gate:
         if self._settings.esd_compat:
             scope["path"] = compat.strip_prefix(scope["path"])
             scope["raw_path"] = scope["path"].encode()
+            scope["query_string"] = compat.without_empty(scope["query_string"])
         headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
         correlation_id = headers.get(b"x-correlation-id", "")[:100] or cloud.new_id()
         scope.setdefault("state", {})["correlation_id"] = correlation_id

@@ -6,7 +6,8 @@ proving it, so with this profile whoever holds the API key can act as any user. 
 - every route also under /prod; `x-api-version` and CORS headers on every answer
 - the person: base16 of the username as bearer token, or a `username` header, or with the API key
   alone the user that the body or the job names, or an administrator where ESD asks for nobody
-- keys that the original ignores are ignored; missing ones are named in the original's words
+- keys that the original ignores are ignored, and empty ones of a query; missing ones are named in
+  the original's words
 - GET /checkpoints also shows `checkpoints` beside `data`; `username` there means what that user may
   use, not what they made
 - GET /inferences without a page is the whole list; a job that waits for its start has no nulls
@@ -57,6 +58,11 @@ def strip_prefix(path: str) -> str:
     return path[len("/prod") :] or "/" if path == "/prod" or path.startswith("/prod/") else path
 
 
+def without_empty(query: bytes) -> bytes:
+    """`username=&limit=5` -> `limit=5`: what is empty was left out, as in the original."""
+    return b"&".join(pair for pair in query.split(b"&") if pair.partition(b"=")[2])
+
+
 def username_of(request: Request[Any, Any, Any]) -> str | None:
     """The user that an ESD client names, without proof."""
     if name := request.headers.get("username"):
@@ -94,7 +100,7 @@ def asks_for_all(request: Request[Any, Any, Any]) -> bool:
     clients said so."""
     query = request.query_params
     paging = ("page", "per_page", "limit", "exclusive_start_key")
-    return query.get("limit") == "-1" or not any(query.get(name) for name in paging)
+    return query.get("limit") == "-1" or not any(name in query for name in paging)
 
 
 def as_texts(job: InferenceView) -> InferenceView:

@@ -374,9 +374,9 @@ class Endpoints(Struct, frozen=True, kw_only=True):
 
 
 class CreateInferenceBody(Struct, frozen=True, kw_only=True):
-    """`user_id` must be who asks. `models`: type -> names; VAE may be `Automatic` or `None`. What is
-    left out and the params name is found when the job is started.
-    `payload_string` (ESD profile only): the params inline; the job starts at once."""
+    """`user_id` must be who asks. `models`: type -> names; VAE may be `Automatic` or `None`. What
+    is left out and the params name is found when the job is started. `payload_string` (ESD profile
+    only): the params inline; the job starts at once."""
 
     inference_type: InferenceType
     task_type: TaskType
