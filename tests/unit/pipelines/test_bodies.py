@@ -745,9 +745,13 @@ def test_modes_are_numbers_or_texts(
 
 
 def test_units_that_are_off_are_left_out() -> None:
-    units, warnings = units_of({"enabled": False, "model": "x"}, {"model": "y"})
-    assert [unit.model for unit in units] == ["y"]
+    """Whatever else is in them."""
+    off = {"enabled": False, "weight": 99, "model": 7, "image": ["a"], "resize_mode": "x", "foo": 1}
+    units, warnings = units_of(off, {"model": "y"}, {**off, "threshold_a": math.nan}, *[off] * 20)
+    assert [(unit.model, unit.number) for unit in units] == [("y", 1)]
     assert warnings == []
+    with pytest.raises(JobFailure, match=r"args\[0\]\.enabled: got 7, allowed is true or false"):
+        units_of({"enabled": 7})
 
 
 def test_what_a_unit_asks_for_in_vain_is_told() -> None:
@@ -857,6 +861,14 @@ def test_bodies_of_rembg_are_read() -> None:
         ({"sam_prompt": [{}]}, "sam_prompt[0]: `type` is missing"),
         ({"sam_prompt": [{"type": "x"}]}, "sam_prompt[0].type: got another value (str), allowed"),
         ({"sam_prompt": [{"type": "point", "data": [1]}]}, "sam_prompt[0].data: got another value"),
+        (
+            {"sam_prompt": [{"type": "point", "data": [1, 2, 3, 4]}]},
+            "sam_prompt[0].data: got [1.0, 2.0, 3.0, 4.0], allowed for a point is a list of 2 num",
+        ),
+        (
+            {"sam_prompt": [{"type": "rectangle", "data": [1, 2]}]},
+            "sam_prompt[0].data: got [1.0, 2.0], allowed for a rectangle is a list of 4 numbers",
+        ),
     ],
 )
 def test_a_wrong_field_of_rembg_is_named(body: dict[str, Any], reason: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image, ImageCms, ImageDraw
 
 from deploy.local.weights import FOLDER
 from services.inference.worker.pipelines import JobFailure
@@ -24,6 +24,7 @@ from tests.unit.pipelines.easel import DEMO, Done, Easel, Model, base64_of, job_
 U2NET = Path(os.environ.get("DARKROOM_U2NET", FOLDER / "u2net.onnx"))
 INSIDE, OUTSIDE = (60, 45), (4, 4)
 PALE = (250, 240, 245)
+MATTING = {"alpha_matting": True, "alpha_matting_background_threshold": 40}
 
 Cut = Callable[..., Done]
 
@@ -91,9 +92,11 @@ def test_colors_may_be_kept_under_what_is_clear(cut: Cut) -> None:
 
 
 def test_borders_may_be_matted(cut: Cut) -> None:
-    done = cut(alpha_matting=True, alpha_matting_erode_size=3)
-    assert alpha(done, INSIDE) > 230
-    assert alpha(done, OUTSIDE) < 25
+    for size in (0, 1, 3):
+        done = cut(**MATTING, alpha_matting_erode_size=size)
+        assert alpha(done, INSIDE) > 230
+        assert alpha(done, OUTSIDE) < 25
+        assert done.warnings == []
 
 
 @pytest.mark.parametrize(
@@ -182,8 +185,18 @@ def test_a_model_may_not_be_replaced_by_a_download(
         ((), {"vitmatte": True}, "vitmatte needs the checkpoint vitmatte-small-distinctions-646."),
         (
             (),
+            {"vitmatte": True, "vitmatte_model": "base-composition-1k"},
+            "vitmatte needs the checkpoint vitmatte-base-composition-1k.onnx of type rembg",
+        ),
+        (
+            ("u2net.onnx", "vitmatte-base.onnx"),
             {"vitmatte": True, "vitmatte_model": "base"},
-            "vitmatte needs the checkpoint vitmatte-base.onnx of type rembg",
+            'vitmatte_model: got "base", allowed is one of small-distinctions-646, small-c',
+        ),
+        (
+            ("u2net.onnx", "vitmatte-small-distinctions-646.onnx"),
+            {"vitmatte": True},
+            "vitmatte-small-distinctions-646.onnx is no model for vitmatte: ",
         ),
         (("isnet-general-use.onnx",), {}, "isnet-general-use.onnx is no model for this session: "),
     ],
@@ -218,6 +231,45 @@ def test_matting_has_its_bounds(cut: Cut) -> None:
         JobFailure, match=r"^alpha_matting: got a picture of 2100x2000, allowed are"
     ):
         cut(input_image=large, alpha_matting=True)
+
+
+@pytest.mark.parametrize("field", ["alpha_matting", "decontaminate"])
+def test_one_pixel_has_no_borders(cut: Cut, field: str) -> None:
+    pixel = base64_of(Image.new("RGB", (1, 1), PALE))
+    with pytest.raises(JobFailure, match=rf"^{field}: got a picture of 1x1, allowed is one of two"):
+        cut(input_image=pixel, **{field: True})
+    assert cut(input_image=pixel).pictures[0].size == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("picture", "body", "lacks"),
+    [
+        (Image.new("RGB", (64, 64), "white"), {}, "foreground"),  # flat: nothing is found in it
+        (Image.new("RGBA", (64, 64)), {}, "foreground"),
+        (Image.new("RGB", (1, 200), PALE), {}, "foreground"),
+        (scene(), {"alpha_matting_erode_size": 255}, "background"),
+        (scene(), {"alpha_matting_foreground_threshold": 255}, "foreground"),
+        (scene(), {"alpha_matting_background_threshold": 0}, "background"),
+    ],
+)
+def test_matting_that_comes_to_nothing_is_told(
+    cut: Cut, picture: Image.Image, body: dict[str, Any], lacks: str
+) -> None:
+    asked = {"input_image": base64_of(picture), **MATTING, **body}
+    done = cut(**asked)
+    assert done.pictures[0].size == picture.size
+    (warning,) = done.warnings
+    assert warning.startswith("alpha_matting: no effect here: ")
+    assert f"did not contain {lacks} values" in warning
+    assert cut(**asked, only_mask=True).warnings == []
+
+
+def test_a_cut_out_keeps_the_profile_of_its_colors(cut: Cut) -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    text = base64_of(scene(), icc_profile=profile)
+    for body in ({}, MATTING, {"bgcolor": "lime"}):
+        assert cut(input_image=text, **body).pictures[0].info["icc_profile"] == profile
+    assert "icc_profile" not in cut(input_image=text, only_mask=True).pictures[0].info
 
 
 def test_cut_outs_are_of_a_format_that_can_be_clear(easel: Easel, brightness: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,16 @@ import numpy as np
 import pytest
 import torch
 from msgspec.structs import replace
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageCms, PngImagePlugin
 from torch import Tensor
 
 from services.inference.worker.pipelines import JobFailure, enlarging
+from services.inference.worker.pipelines.enlarging import EnlargingPlan
 from services.inference.worker.pipelines.models.files import ModelFile
+from services.inference.worker.pipelines.pictures.files import Format
 from shared.webui.settings import WebuiSettings
 from tests.unit.pipelines import small
-from tests.unit.pipelines.easel import DEMO, Done, Easel, Model, base64_of, pixels_of
+from tests.unit.pipelines.easel import DEMO, Done, Easel, Model, base64_of, job_of, pixels_of
 
 CPU = torch.device("cpu")
 
@@ -419,6 +422,29 @@ def test_pickled_upscalers_are_read(easel: Easel, tmp_path: Path) -> None:
         torch.save(saved, path)
         results.append(easel.run("extra-single-image", [("Upscaler", "x.pth", path)], body).rows)
     assert results == [results[0]] * 4
+
+
+@pytest.mark.parametrize("upscaler", ["None", "Lanczos", "compact"])
+def test_a_picture_keeps_the_profile_of_its_colors(enlarge: Enlarge, upscaler: str) -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    picture = base64_of(scene(), icc_profile=profile)
+    done = enlarge(scene(), image=picture, upscaler_1=upscaler)
+    assert done.pictures[0].info["icc_profile"] == profile
+
+
+def test_a_picture_that_its_format_does_not_hold_is_a_png(easel: Easel) -> None:
+    job, files = job_of("extra-single-image", [])
+    body = {"image": base64_of(Image.new("RGB", (66_000, 1)))}
+    library, form = easel.engine.library, Format("jpg")
+    plan = EnlargingPlan(job, body, files, library, form, WebuiSettings())
+    report: Any = None  # nobody is told of a picture that stays as it is
+    with pytest.raises(StopIteration) as end:
+        next(plan.work(report))
+    result = end.value.value
+    assert [image.name for image in result.images] == ["image_0.png"]
+    assert json.loads(result.param_json)["images"] == ["image_0.png"]
+    (warning,) = result.warnings
+    assert warning.startswith("samples_format jpg holds no picture of 66000x1, only sides up to")
 
 
 def test_pictures_come_in_the_format_of_the_engine(easel: Easel, enlarge: Enlarge) -> None:

@@ -17,6 +17,7 @@ from PIL import ExifTags, Image, ImageDraw
 
 from services.inference.worker.pipelines import JobFailure
 from services.inference.worker.pipelines.models.families import configs_of
+from services.inference.worker.pipelines.pictures import files
 from services.inference.worker.pipelines.pictures.infotext import VERSION
 from services.inference.worker.pipelines.sampling.names import SAMPLERS
 from shared.contracts.inference import UsedModel
@@ -295,6 +296,22 @@ def test_a_job_may_choose_its_format(
         exif = done.pictures[0].getexif().get_ifd(ExifTags.IFD.Exif)
         comment = exif[ExifTags.Base.UserComment][8:].decode("utf-16-be")
         assert comment == done.info["infotexts"][0]
+
+
+def test_notes_that_are_too_long_for_a_format_are_told_of_once(
+    easel: Easel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(files.MOST_EXIF, "jpg", 500)
+    for name, warned in (("jpg", 1), ("webp", 0), ("png", 0)):
+        asked = {"samples_format": name, "return_grid": True}
+        done = easel.paint(negative_prompt="猫" * 200, steps=1, n_iter=2, override_settings=asked)
+        assert [image.name for image in done.result.images] == [
+            f"grid.{name}",
+            f"image_0.{name}",
+            f"image_1.{name}",
+        ]
+        assert len(done.warnings) == warned
+        assert "猫" * 200 in done.info["infotexts"][0]
 
 
 def test_a_lossless_format_loses_nothing(easel: Easel) -> None:

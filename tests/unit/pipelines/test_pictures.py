@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import struct
+import time
 import zlib
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import ExifTags, Image, ImageChops, ImageDraw, ImageFilter
+from PIL import ExifTags, Image, ImageChops, ImageCms, ImageDraw, ImageFilter
 
 from services.inference.worker.pipelines import JobFailure
 from services.inference.worker.pipelines.models.families import STANDARD
@@ -26,6 +27,7 @@ from services.inference.worker.pipelines.pictures.files import (
     on_ground,
     pack,
     read_picture,
+    result_image,
 )
 from services.inference.worker.pipelines.pictures.fitting import fit
 from services.inference.worker.pipelines.pictures.grids import grid, labelled
@@ -78,7 +80,7 @@ def packed(data: bytes) -> str:
         ("", "no PNG, JPEG, WEBP, BMP, GIF that can be read"),
         ("data:image/png;base64,", "no PNG, JPEG"),
         (packed(b"no picture"), "no PNG, JPEG"),
-        (packed(png_of(64, 64)), "no PNG, JPEG"),
+        (packed(png_of(64, 64)), "a damaged PNG: "),
         (packed(png_of(0, 64)), "no PNG, JPEG"),
         (packed(png_of(60_000, 60_000)), "got a picture far above it, allowed are 36000000 pixels"),
         (packed(png_of(6_001, 6_000)), "got 6001x6000 pixels, allowed are 36000000 pixels in all"),
@@ -86,6 +88,7 @@ def packed(data: bytes) -> str:
         ("http://example.org/x.png", "got a URL, allowed is a picture in base64"),
         (base64_of(Image.new("RGB", (8, 8)), "TIFF"), "no PNG, JPEG"),
         (base64_of(Image.new("RGB", (16, 16)), "ICO"), "no PNG, JPEG"),
+        (packed(base64.b64decode(base64_of(scene(), "JPEG"))[:-200]), "a damaged JPEG: image file"),
     ],
 )
 def test_pictures_that_are_none_or_too_large_are_refused(text: str, reason: str) -> None:
@@ -149,6 +152,177 @@ def test_pictures_are_turned_as_their_camera_says() -> None:
     upper, lower = pixels_of(turned)[2, 4], pixels_of(turned)[13, 4]
     assert upper[2] > 200 > upper[0]
     assert lower[0] > 200 > lower[2]
+
+
+# Metadata of pictures of strangers
+
+
+def chunk(kind: bytes, data: bytes, *, sound: bool = True) -> bytes:
+    """Of a PNG. Not `sound`: with a wrong checksum."""
+    checksum = zlib.crc32(kind + data) ^ (not sound)
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
+
+
+def with_chunks(*chunks: bytes, png: bytes | None = None, place: int = 33) -> str:
+    """A PNG with more chunks, behind its header or elsewhere."""
+    png = png or base64.b64decode(base64_of(scene()))
+    return packed(png[:place] + b"".join(chunks) + png[place:])
+
+
+LONG = b"x" * 1_600_000
+ORIENTATION = b"II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"
+"""EXIF that says: turn it by 90 degrees."""
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        chunk(b"zTXt", b"workflow\0\0" + zlib.compress(LONG)),
+        chunk(b"zTXt", b"parameters\0\0" + zlib.compress(LONG)),
+        chunk(b"zTXt", b"parameters\0\x05no method"),
+        chunk(b"zTXt", b"parameters\0\0no stream"),
+        chunk(b"iTXt", b"parameters\0\1\0\0\0" + zlib.compress(LONG)),
+        chunk(b"iTXt", b"parameters\0\1\0"),
+        chunk(b"tEXt", b"workflow\0" + LONG) * 45,
+        chunk(b"iCCP", b"icc\0\0" + zlib.compress(LONG)),
+        chunk(b"iCCP", b"icc"),
+        chunk(b"iCCP", b"icc\0\x01x"),
+        chunk(b"eXIf", b"\0\x08\0\x02\x01\x12\0\x03"),
+        chunk(b"eXIf", ORIENTATION[:12]),
+        chunk(b"eXIf", ORIENTATION, sound=False),
+        chunk(b"tEXt", b"a\0b", sound=False),
+        chunk(b"tRNS", b"\0"),
+        chunk(b"tRNS", b"\0" * 6, sound=False),
+        chunk(b"pHYs", b""),
+        chunk(b"acTL", b"\0"),
+        chunk(b"xxxx", b"anything"),
+    ],
+)
+@pytest.mark.parametrize("place", [33, -12])
+def test_what_is_wrong_beside_the_pixels_of_a_png_is_left_aside(more: bytes, place: int) -> None:
+    text = with_chunks(more, place=place)
+    picture = read_picture(text, "image")
+    assert (picture.mode, picture.info) == ("RGB", {})
+    assert pixels_of(picture).tolist() == pixels_of(scene()).tolist()
+    assert notes_of(text) == {}
+
+
+def test_what_is_sound_beside_the_pixels_of_a_png_is_used() -> None:
+    xmp = b'XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation="6"/>'
+    for more in (chunk(b"eXIf", ORIENTATION), chunk(b"iTXt", xmp)):
+        broken = chunk(b"zTXt", b"workflow\0\0" + zlib.compress(LONG))
+        assert read_picture(with_chunks(broken, more), "image").size == (48, 64)
+    for more in (
+        chunk(b"tEXt", b"parameters\0notes"),
+        chunk(b"zTXt", b"parameters\0\0" + zlib.compress(b"notes")),
+        chunk(b"iTXt", b"parameters\0\1\0\0\0" + zlib.compress(b"notes")),
+    ):
+        assert notes_of(with_chunks(broken, more)) == {"parameters": "notes"}
+    clear = Image.new("RGB", (8, 6), RED)
+    png = base64.b64decode(base64_of(clear, transparency=RED))
+    assert read_picture(with_chunks(broken, png=png), "image").mode == "RGBA"
+
+
+def test_a_png_of_a_thousand_bombs_is_read_at_once() -> None:
+    bomb = zlib.compress(bytes(1 << 20))
+    bombs = [chunk(b"zTXt", b"parameters\0\0" + bomb), chunk(b"iCCP", b"icc\0\0" + bomb)] * 1000
+    began = time.process_time()
+    assert read_picture(with_chunks(*bombs), "image").size == (64, 48)
+    assert time.process_time() - began < 1
+
+
+@pytest.mark.parametrize(
+    ("entries", "size"),
+    [
+        ([(0x0112, 3, 1, 6)], (48, 64)),
+        ([(0x0112, 3, 1, 6), (0x011A, 5, 1, 99_999)], (48, 64)),  # points out of the file
+        ([(0x0112, 3, 1, 6), (0x011A, 5, 2, 8)], (48, 64)),
+        ([(0x0112, 3, 1, 6), (0x010F, 3, 1, 5)], (48, 64)),  # a number where a text belongs
+        ([(0x0112, 3, 1, 6), (0x8825, 4, 1, 77_777)], (48, 64)),
+        ([(0x0112, 3, 1, 0)], (64, 48)),
+        ([(0x0112, 3, 1, 9)], (64, 48)),
+        ([(0x0112, 2, 2, 0x36)], (64, 48)),  # a text
+        ([(0x0112, 3, 9, 6)], (64, 48)),
+        ([(0x0112, 5, 1, 99_999)], (64, 48)),
+    ],
+)
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
+def test_exif_of_any_camera_is_read_as_far_as_it_can_be(
+    entries: list[tuple[int, int, int, int]], size: tuple[int, int], form: str
+) -> None:
+    exif = b"II*\0\x08\0\0\0" + struct.pack("<H", len(entries))
+    exif += b"".join(struct.pack("<HHII", *entry) for entry in entries) + bytes(4)
+    for head in (b"Exif\0\0", b"Exif\0\0Exif\0\0"):
+        picture = read_picture(base64_of(scene(), form, exif=head + exif), "image")
+        assert (picture.size, picture.info) == (size, {})
+    for broken in (b"", b"garbage!" * 4, exif[:9]):
+        text = base64_of(scene(), form, exif=b"Exif\0\0" + broken)
+        assert read_picture(text, "image").size == (64, 48)
+
+
+def icc_of(space: bytes, **tags: bytes) -> bytes:
+    """An ICC profile of colors of this space, related to XYZ, or to Lab for CMYK."""
+    tags = {"wtpt": b"XYZ " + bytes(4) + struct.pack(">3I", 0xF6D6, 0x10000, 0xD32D), **tags}
+    table, data, place = b"", b"", 132 + 12 * len(tags)
+    for name, tag in tags.items():
+        table += name.encode() + struct.pack(">II", place + len(data), len(tag))
+        data += tag + bytes(-len(tag) % 4)
+    related = b"Lab " if space == b"CMYK" else b"XYZ "
+    head = struct.pack(">I", place + len(data)) + bytes(4) + b"\x02\x20\0\0" + b"prtr" + space
+    head += related + bytes(12) + b"acsp" + bytes(28)
+    head += struct.pack(">3I", 0xF6D6, 0x10000, 0xD32D) + bytes(48)
+    return head + struct.pack(">I", len(tags)) + table + data
+
+
+def linear_grey() -> bytes:
+    """Of half the light at level 128, where sRGB has it at 188."""
+    return icc_of(b"GRAY", kTRC=b"curv" + bytes(8))
+
+
+def blue_ink() -> bytes:
+    """Of CMYK with inks of which the first is blue and the last black: Lab at each corner."""
+    white, blue, black = bytes((255, 128, 128)), bytes((128, 168, 78)), bytes((0, 128, 128))
+    corners = [black if n & 1 else blue if n & 8 else white for n in range(16)]
+    straight = bytes(range(256))
+    identity = b"".join(struct.pack(">i", 65_536 * (place % 4 == 0)) for place in range(9))
+    lut = b"mft1" + bytes(4) + bytes((4, 3, 2, 0)) + identity
+    return icc_of(b"CMYK", A2B0=lut + straight * 4 + b"".join(corners) + straight * 3)
+
+
+def test_colors_are_converted_with_their_profile() -> None:
+    grey, inks = Image.new("L", (8, 8), 128), Image.new("CMYK", (8, 8), (255, 0, 0, 0))
+    for picture, form, profile, wanted in (
+        (grey, "JPEG", linear_grey(), (188, 188, 188)),
+        (grey, "PNG", linear_grey(), (188, 188, 188)),
+        (inks, "JPEG", blue_ink(), (148, 96, 205)),
+    ):
+        plain = read_picture(base64_of(picture, form), "image")
+        read = read_picture(base64_of(picture, form, icc_profile=profile), "image")
+        assert (read.mode, read.info) == ("RGB", {})
+        assert abs(pixels_of(read)[4, 4] - wanted).max() <= 12
+        assert abs(pixels_of(plain)[4, 4] - wanted).max() > 40
+    clear = Image.merge("LA", (grey, Image.new("L", (8, 8), 7)))
+    read = read_picture(base64_of(clear, icc_profile=linear_grey()), "image")
+    assert read.getpixel((4, 4)) == (188, 188, 188, 7)
+
+
+def test_only_a_profile_of_the_picture_s_own_colors_is_kept() -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for form in ("PNG", "JPEG", "WEBP"):
+        read = read_picture(base64_of(scene(), form, icc_profile=profile), "image")
+        assert read.info == {"icc_profile": profile}
+    wrong = [profile[:16] + space + profile[20:] for space in (b"CMYK", b"GRAY", b"Lab ", b"????")]
+    for mode in ("RGB", "L", "CMYK"):
+        plain = read_picture(base64_of(scene().convert(mode), "JPEG", quality=95), "image")
+        for other in [*wrong, *([] if mode == "RGB" else [profile]), profile[:60], b"x" * 200]:
+            text = base64_of(scene().convert(mode), "JPEG", quality=95, icc_profile=other)
+            read = read_picture(text, "image")
+            assert read.info == {}
+            assert read.tobytes() == plain.tobytes()
+    text = base64_of(scene(), "WEBP", icc_profile=profile + bytes(1 << 20))
+    assert read_picture(text, "image").info == {}  # a JPEG would not hold it
+    commented = base64_of(scene(), "GIF", comment=b"x" * 100_000)
+    assert read_picture(commented, "image").info == {}  # nor this
 
 
 def test_transparency_is_kept_and_can_be_put_on_a_ground() -> None:
@@ -492,6 +666,66 @@ def test_other_files_have_notes_where_the_webui_reads_them(name: str) -> None:
     assert abs(pixels_of(picture) - pixels_of(scene())).mean() < 8
     bare = Image.open(io.BytesIO(pack(scene(), {}, Format(name))))
     assert not bare.getexif().get_ifd(ExifTags.IFD.Exif)
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        ("a" * 32_000, "utf-16-be"),
+        ("a" * 65_000, "ascii"),
+        ("猫" * 32_000, "utf-16-be"),
+    ],
+)
+def test_long_notes_are_in_a_jpeg_as_far_as_it_holds_them(text: str, encoding: str) -> None:
+    image, warnings = result_image("x", scene(), {"parameters": text}, Format("jpg"))
+    picture = Image.open(io.BytesIO(image.data))
+    comment = picture.getexif().get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment]
+    assert comment[:8] == {"ascii": b"ASCII\0\0\0", "utf-16-be": b"UNICODE\0"}[encoding]
+    assert comment[8:].decode(encoding) == text
+    assert (image.name, warnings) == ("x.jpg", [])
+
+
+def test_notes_that_a_format_does_not_hold_are_left_out_and_told() -> None:
+    for text in ("a" * 66_000, "猫" * 33_000):
+        notes = {"parameters": text, "postprocessing": "Lanczos"}
+        image, warnings = result_image("x", scene(), notes, Format("jpg"))
+        picture = Image.open(io.BytesIO(image.data))
+        comment = picture.getexif().get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment]
+        assert comment[8:].decode("utf-16-be") == "Lanczos"
+        assert warnings == [
+            "samples_format jpg holds notes of 65533 bytes: pictures are without their parameters,"
+            " which the job's param JSON has"
+        ]
+    for name in ("png", "webp"):
+        image, warnings = result_image("x", scene(), notes, Format(name))
+        assert warnings == []
+        assert notes["parameters"].encode("utf-16-be" if name == "webp" else "utf-8") in image.data
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("jpg", (65_501, 1)), ("jpg", (1, 65_501)), ("webp", (16_384, 1))]
+)
+def test_a_picture_that_a_format_does_not_hold_is_a_png(name: str, size: tuple[int, int]) -> None:
+    image, warnings = result_image("grid", Image.new("RGB", size), {}, Format(name))
+    assert (image.name, image.media_type) == ("grid.png", "image/png")
+    assert Image.open(io.BytesIO(image.data)).size == size
+    assert warnings == [
+        f"samples_format {name} holds no picture of {size[0]}x{size[1]}, only sides up to"
+        f" {max(size) - 1}: grid is a PNG"
+    ]
+    most = Image.new("RGB", (max(size) - 1, 1))
+    image, warnings = result_image("grid", most, {}, Format(name))
+    assert (image.name, warnings) == (f"grid.{name}", [])
+    assert Image.open(io.BytesIO(image.data)).size == most.size
+
+
+def test_transparency_is_in_a_format_that_holds_it() -> None:
+    clear = Image.new("RGBA", (8, 8), (*RED, 100))
+    image, warnings = result_image("x", clear, {}, Format("jpg"))
+    assert Image.open(io.BytesIO(image.data)).getpixel((0, 0)) == (*RED, 100)
+    assert warnings == ["samples_format jpg holds no transparency: x is a PNG"]
+    opaque = Image.new("RGBA", (8, 8), (*RED, 255))
+    assert result_image("x", opaque, {}, Format("jpg"))[0].name == "x.jpg"
 
 
 def test_formats_have_a_quality_and_a_media_type() -> None:

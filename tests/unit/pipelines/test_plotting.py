@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from services.inference.worker.pipelines import JobFailure
-from services.inference.worker.pipelines.pictures.files import Format
+from services.inference.worker.pipelines.pictures import files
 from services.inference.worker.pipelines.plotting import AXES
 from tests.unit.pipelines.easel import CHECKPOINT, Done, Easel, job_of, read_back
 
@@ -205,11 +205,13 @@ def test_a_plot_has_the_format_that_the_job_asks_for(easel: Easel) -> None:
     assert not any(picture.getexif() for picture in done.pictures)
 
 
-@pytest.mark.parametrize(("name", "most"), [("jpg", 65_500), ("webp", 16_383)])
-def test_a_grid_that_is_too_long_for_its_format_is_a_png(name: str, most: int) -> None:
-    assert Format(name).for_size((most, 8)) == Format(name)
-    assert Format(name).for_size((8, most + 1)).name == "png"
-    assert Format().for_size((100_000, 8)) == Format()
+def test_what_is_told_of_a_plot_s_pictures_is_told_once(
+    easel: Easel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(files.MOST_EXIF, "jpg", 300)
+    done = plot(easel, (STEPS, "1, 2", []), override_settings={"samples_format": "jpg"})
+    assert done.answer["images"] == ["grid.jpg", "image_0.jpg", "image_1.jpg"]
+    assert [warning[:30] for warning in done.warnings] == ["samples_format jpg holds notes"]
 
 
 def test_seeds_that_are_to_vary_are_told_to_have_no_effect(easel: Easel) -> None:

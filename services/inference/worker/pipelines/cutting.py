@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageColor
 
 from services.inference.worker.pipelines import (
@@ -18,7 +19,6 @@ from services.inference.worker.pipelines import (
     JobFailure,
     Report,
     Result,
-    ResultImage,
     Work,
 )
 from services.inference.worker.pipelines.library import Library, Models, Shelved, receipt
@@ -26,7 +26,7 @@ from services.inference.worker.pipelines.memory import is_out_of_memory
 from services.inference.worker.pipelines.models.files import identity_of
 from services.inference.worker.pipelines.params.cutting import CuttingParams, parse_cutting
 from services.inference.worker.pipelines.params.reading import Body, printable, short
-from services.inference.worker.pipelines.pictures.files import Format, pack, read_picture
+from services.inference.worker.pipelines.pictures.files import Format, read_picture, result_image
 from services.inference.worker.pipelines.pictures.infotext import VERSION, param_json
 from services.inference.worker.pipelines.stopwatch import Stopwatch
 from shared.contracts.inference import RunJob
@@ -55,11 +55,26 @@ SESSIONS = (
     SAM,
     *CUSTOM,
 )
-VITMATTE = "vitmatte-small-distinctions-646"
+VITMATTES = (
+    "small-distinctions-646",
+    "small-composition-1k",
+    "base-distinctions-646",
+    "base-composition-1k",
+)
 TIMES_ITS_FILE = 4
 """Memory that a session takes, as a multiple of its file."""
 MAX_MATTING_PIXELS = 4_000_000
 """Alpha matting solves a system with a row per pixel: above it takes minutes and gigabytes."""
+
+
+class _Found:
+    """A session of the library that has found its mask already."""
+
+    def __init__(self, mask: Image.Image) -> None:
+        self._mask = mask
+
+    def predict(self, *_: object, **__: object) -> list[Image.Image]:
+        return [self._mask]
 
 
 class CuttingPlan:
@@ -79,12 +94,7 @@ class CuttingPlan:
         if not self.params.input_image:
             raise JobFailure("input_image: got none, allowed is a picture in base64")
         self.picture = read_picture(self.params.input_image, "input_image")
-        pixels = self.picture.width * self.picture.height
-        if self.params.alpha_matting and pixels > MAX_MATTING_PIXELS:
-            raise JobFailure(
-                f"alpha_matting: got a picture of {self.picture.width}x{self.picture.height},"
-                f" allowed are {MAX_MATTING_PIXELS} pixels in all"
-            )
+        _check_size(self.params, self.picture)
         self.ground = _color(self.params.bgcolor)
 
     def work(self, report: Report) -> Work:
@@ -96,9 +106,8 @@ class CuttingPlan:
             (cut,) = yield Aside([lambda: self._remove(session)])
         report.step(1, 1)
         with watch.stage("save"):
-            name = f"image_0.{self.format.name}"
             notes = {"parameters": f"rembg: {self.session_name}, Version: {VERSION}"}
-            image = ResultImage(name, self.format.media_type, pack(cut, notes, self.format))
+            image, warnings = result_image("image_0", cut, notes, self.format)
         info = {
             "model": self.session_name,
             "file": self.session_files[0].name,
@@ -106,8 +115,8 @@ class CuttingPlan:
             "height": cut.height,
         }
         raw = printable({**self.raw, "model": self.session_name})
-        answer = param_json(raw, info, [name], receipt(self.models, self.library))
-        return Result([image], answer, watch.seconds, self.warnings)
+        answer = param_json(raw, info, [image.name], receipt(self.models, self.library))
+        return Result([image], answer, watch.seconds, self.warnings + warnings)
 
     def _session(self) -> Any:
         paths = [file.path for file in self.session_files]
@@ -134,44 +143,97 @@ class CuttingPlan:
             ) from error
 
     def _remove(self, session: Any) -> Image.Image:
-        from rembg import remove
+        from rembg import bg
 
+        params = self.params
+        cuts = [self._cut(mask) for mask in self._masks(session)]
+        whole: Image.Image = bg.get_concat_v_multi(cuts)
+        if not (params.only_mask or params.return_mask):
+            if self.ground is not None:
+                whole = bg.apply_background_color(whole, self.ground)
+            whole.info = dict(self.picture.info)
+        return whole
+
+    def _masks(self, session: Any) -> list[Image.Image]:
+        """What the model finds: one mask, or one for each of several kinds of things."""
         params = self.params
         more: dict[str, Any] = {}
         if params.sam_prompt:
             more["sam_prompt"] = params.marks
         if params.cloth_category:
             more["cloth_category"] = params.cloth_category
-        if self.vitmatte is not None:
-            self._put_vitmatte_in_place(self.vitmatte)
-            more |= {
-                "vitmatte": True,
-                "vitmatte_model": self.vitmatte.stem.removeprefix("vitmatte-"),
-            }
         try:
-            cut: Image.Image = remove(
-                self.picture,
-                session=session,
-                only_mask=params.only_mask or params.return_mask,
-                post_process_mask=params.post_process_mask,
-                alpha_matting=params.alpha_matting,
-                alpha_matting_foreground_threshold=params.alpha_matting_foreground_threshold,
-                alpha_matting_background_threshold=params.alpha_matting_background_threshold,
-                alpha_matting_erode_size=params.alpha_matting_erode_size,
-                decontaminate=params.decontaminate,
-                putalpha=params.putalpha,
-                bgcolor=self.ground,
-                **more,
-            )
+            return list(session.predict(self.picture, **more))
         except Exception as error:
             if is_out_of_memory(error):
                 raise
             # Another model than the session's fails in onnxruntime or, by its output, after it.
-            names = [self.session_files[0].name, *([self.vitmatte.name] if self.vitmatte else [])]
-            raise JobFailure(
-                f"{' or '.join(names)} is no model for this session: {_line(error)}"
-            ) from error
+            name = self.session_files[0].name
+            raise JobFailure(f"{name} is no model for this session: {_line(error)}") from error
+
+    def _cut(self, mask: Image.Image) -> Image.Image:
+        """What one mask leaves of the picture, or the mask itself."""
+        from rembg import bg
+
+        params = self.params
+        only_mask = params.only_mask or params.return_mask
+        more: dict[str, Any] = {}
+        if self.vitmatte is not None and not only_mask:
+            self._put_vitmatte_in_place(self.vitmatte)
+            more = {
+                "vitmatte": True,
+                "vitmatte_model": self.vitmatte.stem.removeprefix("vitmatte-"),
+                "alpha_matting_foreground_threshold": params.alpha_matting_foreground_threshold,
+                "alpha_matting_background_threshold": params.alpha_matting_background_threshold,
+                "alpha_matting_erode_size": params.alpha_matting_erode_size,
+            }
+        try:
+            if params.post_process_mask:
+                mask = Image.fromarray(bg.post_process(np.array(mask)))
+            if params.alpha_matting and not (only_mask or more):
+                if matted := self._matted(mask):
+                    return matted
+                more = {"decontaminate": True}
+            cut: Image.Image = bg.remove(
+                self.picture.copy(),
+                session=_Found(mask),
+                only_mask=only_mask,
+                putalpha=params.putalpha,
+                **{"decontaminate": params.decontaminate, **more},
+            )
+        except Exception as error:
+            if isinstance(error, JobFailure) or is_out_of_memory(error):
+                raise
+            if "vitmatte" in more and self.vitmatte is not None:
+                raise JobFailure(
+                    f"{self.vitmatte.name} is no model for vitmatte: {_line(error)}"
+                ) from error
+            raise JobFailure(f"the background could not be removed: {_line(error)}") from error
         return cut
+
+    def _matted(self, mask: Image.Image) -> Image.Image | None:
+        """None, and a warning, where alpha matting comes to nothing: it needs places that are
+        surely in front and others that are surely not."""
+        from rembg import bg
+
+        params = self.params
+        try:
+            matted: Image.Image = bg.alpha_matting_cutout(
+                self.picture,
+                mask,
+                params.alpha_matting_foreground_threshold,
+                params.alpha_matting_background_threshold,
+                params.alpha_matting_erode_size,
+            )
+        except ValueError as error:
+            warning = (
+                f"alpha_matting: no effect here: {_line(error)}; a smaller alpha_matting_erode_size"
+                " and other thresholds may help"
+            )
+            if warning not in self.warnings:
+                self.warnings.append(warning)
+            return None
+        return matted
 
     def _put_vitmatte_in_place(self, model: Shelved) -> None:
         """Where the library would keep what it had fetched."""
@@ -243,14 +305,34 @@ def _sam_files(models: Models, given: list[Shelved]) -> list[Shelved]:
 def _choose_vitmatte(models: Models, params: CuttingParams) -> Shelved | None:
     if not params.vitmatte:
         return None
-    wanted = f"vitmatte-{params.vitmatte_model}" if params.vitmatte_model else VITMATTE
+    variant = params.vitmatte_model or VITMATTES[0]
+    if variant not in VITMATTES:
+        raise JobFailure(
+            f"vitmatte_model: got {short(variant)}, allowed is one of {', '.join(VITMATTES)}"
+        )
+    wanted = f"vitmatte-{variant}"
     found = models.find(MODEL_TYPE, wanted)
     if found is None:
         raise JobFailure(
-            f"vitmatte needs the checkpoint {short(wanted)[1:-1]}.onnx of type rembg: upload it and"
+            f"vitmatte needs the checkpoint {wanted}.onnx of type rembg: upload it and"
             " name it in models beside the other one"
         )
     return found
+
+
+def _check_size(params: CuttingParams, picture: Image.Image) -> None:
+    """Raises JobFailure for a picture whose borders can't be looked at."""
+    pixels, size = picture.width * picture.height, f"{picture.width}x{picture.height}"
+    if params.alpha_matting and pixels > MAX_MATTING_PIXELS:
+        raise JobFailure(
+            f"alpha_matting: got a picture of {size}, allowed are {MAX_MATTING_PIXELS} pixels in"
+            " all"
+        )
+    asked = [
+        name for name in ("alpha_matting", "decontaminate", "vitmatte") if getattr(params, name)
+    ]
+    if asked and pixels == 1:
+        raise JobFailure(f"{asked[0]}: got a picture of 1x1, allowed is one of two pixels or more")
 
 
 def _line(error: Exception) -> str:

@@ -37,8 +37,8 @@ from services.inference.worker.pipelines.params.reading import Body, printable, 
 from services.inference.worker.pipelines.pictures.files import (
     Format,
     notes_of,
-    pack,
     read_picture,
+    result_image,
 )
 from services.inference.worker.pipelines.pictures.infotext import fields_text, param_json
 from services.inference.worker.pipelines.stopwatch import Stopwatch
@@ -324,11 +324,12 @@ class EnlargingPlan:
         for number in range(len(self.pictures)):
             with watch.stage("render"):
                 picture = yield from self._by_all(number, report)
+                picture.info = dict(self.pictures[number].info)  # models know of no color profile
             with watch.stage("save"):
                 notes = {**self.notes[number], "postprocessing": text}
-                name = f"image_{number}.{self.format.name}"
-                packed = pack(picture, notes, self.format)
-                images.append(ResultImage(name, self.format.media_type, packed))
+                image, warnings = result_image(f"image_{number}", picture, notes, self.format)
+                images.append(image)
+                self.warnings += [text for text in warnings if text not in self.warnings]
         info: dict[str, Any] = {"html_info": text}
         if self.batch:
             info["names"] = [file.name for file in self.params.imageList]

@@ -59,8 +59,8 @@ from services.inference.worker.pipelines.pictures import masks
 from services.inference.worker.pipelines.pictures.files import (
     Format,
     on_ground,
-    pack,
     read_picture,
+    result_image,
 )
 from services.inference.worker.pipelines.pictures.fitting import fit
 from services.inference.worker.pipelines.pictures.grids import grid
@@ -397,9 +397,8 @@ class Painting:
             finishers = []
             for number, (seed, subseed) in enumerate(mine):
                 texts.append(self._infotext(seed, subseed))
-                name = f"image_{len(texts) - 1}.{self._format.name}"
-                latent = latents[number : number + 1]
-                finishers.append(self._finisher(latent, start, number, texts[-1], name))
+                latent, stem = latents[number : number + 1], f"image_{len(texts) - 1}"
+                finishers.append(self._finisher(latent, start, number, texts[-1], stem))
             with self.watch.stage("decode"):
                 finished = yield Aside(finishers)
             images += [image for image, _ in finished]
@@ -1037,21 +1036,14 @@ class Painting:
 
     # Results
 
-    @property
-    def _format(self) -> Format:
-        return format_of(self.settings, self.plan.studio.format)
-
     def _finisher(
-        self, latents: Tensor, start: Start | None, number: int, text: str, name: str
+        self, latents: Tensor, start: Start | None, number: int, text: str, stem: str
     ) -> Callable[[], tuple[ResultImage, Image.Image | None]]:
-        form = self._format
-        notes = self._notes(text)
-
         def finish() -> tuple[ResultImage, Image.Image | None]:
             picture = self._finished(latents, self._source)
             if start is not None and start.overlays:
                 picture = masks.lay_over(picture, start.overlays[number], start.paste)
-            image = ResultImage(name, form.media_type, pack(picture, notes, form))
+            image = self._packed(stem, picture, text)
             return image, picture if self.settings.return_grid else None
 
         return finish
@@ -1068,14 +1060,15 @@ class Painting:
     ) -> tuple[list[ResultImage], list[str]]:
         """The grid comes first, as in the webui."""
         whole = grid([p for p in pictures if p is not None])
-        form = self._format.for_size(whole.size)
         text = self._infotext(self.params.seed, self.params.subseed)
-        name = f"grid.{form.name}"
-        first = ResultImage(name, form.media_type, pack(whole, self._notes(text), form))
-        return [first, *images], [text, *texts]
+        return [self._packed("grid", whole, text), *images], [text, *texts]
 
-    def _notes(self, text: str) -> dict[str, str]:
-        return {"parameters": text} if self.settings.enable_pnginfo else {}
+    def _packed(self, stem: str, picture: Image.Image, text: str) -> ResultImage:
+        usual = self.plan.studio.format
+        image, warnings = packed_as_asked(stem, picture, text, self.settings, usual)
+        for warning in warnings:
+            self._warn(warning)
+        return image
 
     def _infotext(self, seed: int, subseed: int) -> str:
         params = self.params
@@ -1248,9 +1241,14 @@ class Painting:
         }
 
 
-def format_of(settings: OverrideSettings, usual: Format) -> Format:
+def packed_as_asked(
+    stem: str, picture: Image.Image, text: str, settings: OverrideSettings, usual: Format
+) -> tuple[ResultImage, list[str]]:
+    """A picture as a file with its infotext, as `settings` say, and warnings."""
     name = settings.samples_format.replace("jpeg", "jpg") or usual.name
-    return Format(name, settings.jpeg_quality, settings.webp_lossless)
+    form = Format(name, settings.jpeg_quality, settings.webp_lossless)
+    notes = {"parameters": text} if settings.enable_pnginfo else {}
+    return result_image(stem, picture, notes, form)
 
 
 def all_seeds(params: PaintingParams, batch_size: int) -> tuple[list[int], list[int]]:

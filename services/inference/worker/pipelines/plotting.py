@@ -27,7 +27,7 @@ from services.inference.worker.pipelines import (
     Work,
 )
 from services.inference.worker.pipelines.library import receipt
-from services.inference.worker.pipelines.painting import PaintingPlan, Studio, format_of
+from services.inference.worker.pipelines.painting import PaintingPlan, Studio, packed_as_asked
 from services.inference.worker.pipelines.params.painting import (
     PaintingParams,
     parse_painting,
@@ -40,7 +40,6 @@ from services.inference.worker.pipelines.params.reading import (
     printable,
     short,
 )
-from services.inference.worker.pipelines.pictures.files import pack
 from services.inference.worker.pipelines.pictures.grids import grid, labelled
 from services.inference.worker.pipelines.pictures.infotext import fields_text, param_json
 from services.inference.worker.pipelines.stopwatch import Stopwatch
@@ -217,7 +216,7 @@ class PlottingPlan:
         cells = itertools.product(z.values, y.values, x.values)
         self.cells = [self._cell(job, files, dict(zip("zyx", cell, strict=True))) for cell in cells]
         for plan in self.cells:
-            self.warnings += [text for text in plan.warnings if text not in self.warnings]
+            self._warn(plan.warnings)
         width, height = self.cells[0].params.width, self.cells[0].params.height
         if count * width * height > studio.webui.max_pixels:
             raise JobFailure(
@@ -250,6 +249,7 @@ class PlottingPlan:
         for number, plan in enumerate(self.cells):
             result = yield from plan.work(_Share(report, number, len(self.cells)))
             results.append(result)
+            self._warn(result.warnings)
             for stage, seconds in result.seconds.items():
                 watch.seconds[stage] = round(watch.seconds.get(stage, 0.0) + seconds, 4)
         with watch.stage("save"):
@@ -299,9 +299,13 @@ class PlottingPlan:
         return [self._packed(*one) for one in named], [text for _, _, text in named]
 
     def _packed(self, name: str, picture: Image.Image, text: str) -> ResultImage:
-        form = format_of(self.settings, self.studio.format).for_size(picture.size)
-        notes = {"parameters": text} if self.settings.enable_pnginfo else {}
-        return ResultImage(f"{name}.{form.name}", form.media_type, pack(picture, notes, form))
+        usual = self.studio.format
+        image, warnings = packed_as_asked(name, picture, text, self.settings, usual)
+        self._warn(warnings)
+        return image
+
+    def _warn(self, texts: Sequence[str]) -> None:
+        self.warnings += [text for text in texts if text not in self.warnings]
 
     def _told(self, letters: str) -> str:
         """What the infotext of a grid says of its axes."""

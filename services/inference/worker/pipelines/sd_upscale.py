@@ -15,7 +15,7 @@ import torch
 from msgspec import Meta
 from PIL import Image
 
-from services.inference.worker.pipelines import Aside, JobFailure, Report, ResultImage, Work
+from services.inference.worker.pipelines import Aside, JobFailure, Report, Work
 from services.inference.worker.pipelines.controlling import Source
 from services.inference.worker.pipelines.denoising import Asking
 from services.inference.worker.pipelines.enlarging import (
@@ -32,7 +32,7 @@ from services.inference.worker.pipelines.painting import (
 )
 from services.inference.worker.pipelines.params.painting import PaintingParams
 from services.inference.worker.pipelines.params.reading import Body, convert
-from services.inference.worker.pipelines.pictures.files import on_ground, pack, read_picture
+from services.inference.worker.pipelines.pictures.files import on_ground, read_picture
 from services.inference.worker.pipelines.pictures.tiles import tile_grid
 from shared.contracts.inference import RunJob
 
@@ -183,9 +183,7 @@ class _SDUpscale(Painting):
                 self.plan.controls.forget()
             whole = grid.combine(done)
             texts.append(self._infotext(seed, params.subseed))
-            form = self._format.for_size(whole.size)
-            data = pack(whole, self._notes(texts[-1]), form)
-            images.append(ResultImage(f"image_{number}.{form.name}", form.media_type, data))
+            images.append(self._packed(f"image_{number}", whole, texts[-1]))
         info = self._info(texts, seeds, [params.subseed] * len(seeds), with_grid=False)
         return self._result(images, info | {"batch_size": params.batch_size})
 

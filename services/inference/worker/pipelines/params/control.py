@@ -90,7 +90,8 @@ _HARMLESS: dict[str, tuple[object, ...]] = {
 
 
 def parse_units(scripts: Any) -> tuple[list[ControlUnit], list[str]]:
-    """The enabled units of `alwayson_scripts`, and warnings about all other scripts."""
+    """The enabled units of `alwayson_scripts`, and warnings about all other scripts. Nothing else
+    is looked at in a unit that is not enabled."""
     units: list[ControlUnit] = []
     warnings: list[str] = []
     if scripts is None:
@@ -104,12 +105,13 @@ def parse_units(scripts: Any) -> tuple[list[ControlUnit], list[str]]:
         for number, raw in enumerate(_checked(given, list, f"{at}.args")):
             where = f"{at}.args[{number}]."
             _checked(raw, dict, where[:-1])
+            switch = {key: value for key, value in raw.items() if key == "enabled"}
+            if not convert(switch, ControlUnit, where).enabled:
+                continue
             raw = {_RENAMED.get(key, key): value for key, value in raw.items()}
             known = {field.name for field in msgspec.structs.fields(ControlUnit)} - {"number"}
             fields = {key: value for key, value in raw.items() if key in known}
             unit = convert(fields, ControlUnit, where)
-            if not unit.enabled:
-                continue
             warnings += ignored(raw, _HARMLESS, known, where)
             if unit.mask and "inpaint" not in unit.module.lower():
                 warnings.append(f"{where}mask: no effect here but with a module for inpainting")

@@ -7,7 +7,14 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from services.inference.worker.pipelines.params.reading import Body, Level, convert, ignored
+from services.inference.worker.pipelines import JobFailure
+from services.inference.worker.pipelines.params.reading import (
+    Body,
+    Level,
+    convert,
+    ignored,
+    short,
+)
 
 Mark = Annotated[list[float], Meta(min_length=2, max_length=4)]
 
@@ -51,5 +58,12 @@ class CuttingParams(msgspec.Struct, frozen=True, kw_only=True):
 def parse_cutting(raw: Body) -> tuple[CuttingParams, list[str]]:
     """The typed params, and the warnings. Raises JobFailure."""
     params = convert(raw, CuttingParams)
+    for number, mark in enumerate(params.sam_prompt):
+        wanted = 2 if mark.type == "point" else 4
+        if len(mark.data) != wanted:
+            raise JobFailure(
+                f"sam_prompt[{number}].data: got {short(mark.data)}, allowed for a {mark.type} is a"
+                f" list of {wanted} numbers"
+            )
     known = (field.name for field in msgspec.structs.fields(CuttingParams))
     return params, ignored(raw, {}, known)
