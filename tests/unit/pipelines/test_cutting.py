@@ -247,7 +247,7 @@ def test_one_pixel_has_no_borders(cut: Cut, field: str) -> None:
         (Image.new("RGB", (64, 64), "white"), {}, "foreground"),  # flat: nothing is found in it
         (Image.new("RGBA", (64, 64)), {}, "foreground"),
         (Image.new("RGB", (1, 200), PALE), {}, "foreground"),
-        (scene(), {"alpha_matting_erode_size": 255}, "background"),
+        (scene().resize((24, 18)), {"alpha_matting_erode_size": 255}, "background"),
         (scene(), {"alpha_matting_foreground_threshold": 255}, "foreground"),
         (scene(), {"alpha_matting_background_threshold": 0}, "background"),
     ],
