@@ -322,10 +322,13 @@ def test_params_may_come_with_the_request(
         sizes = [Image.open(io.BytesIO(api.download(u))).size for u in job["img_presigned_urls"]]
         assert sizes == [(8, 4)] * 2
         assert api.download(job["params"]["input_body_presign_url"]) == params.encode()
-    strict = {key: value for key, value in {**body, **more}.items() if key != "payload_string"}
-    assert api.request("POST", "/inferences", strict).status_code == 404
-    painting = {**strict, "task_type": "txt2img"}
-    assert admin.request("POST", "/inferences", painting).status_code == 404
+    named = {key: value for key, value in {**body, **more}.items() if key != "payload_string"}
+    for task_type, status in (("extra-batch-images", 201), ("rembg", 201), ("txt2img", 404)):
+        job = {**named, "task_type": task_type}
+        assert admin.request("POST", "/inferences", job).status_code == status
+        assert api.request("POST", "/inferences", job).status_code == 404
+    del named["models"]
+    assert admin.request("POST", "/inferences", {**named, "task_type": "rembg"}).status_code == 201
 
 
 def test_what_is_not_known_yet_of_a_job_is_no_null(esd: EsdClient, api: StrictClient) -> None:
