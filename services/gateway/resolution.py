@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 
 import msgspec
+from msgspec.structs import replace
 
 from services.gateway.auth import Person
 from services.gateway.errors import ApiError
@@ -36,6 +38,7 @@ MOST_MODELS = 200
 MOST_TOLD = 5
 MOST_COMPARED = 2000
 """Names, for those that are close to one that is not found."""
+_NOT_STORABLE = re.compile("[\0\ud800-\udfff]")
 
 
 class FoundFile(msgspec.Struct, frozen=True):
@@ -90,6 +93,7 @@ async def resolve(
     named = await asyncio.to_thread(names_in, task_type, params.body)
     if named is None:
         return NamedByParams(params.written_at)
+    named = _storable(named)
     _check_checkpoint(task_type, named, listed)
     listed_by_type = _by_type(listed)
     wanted = [
@@ -104,6 +108,16 @@ async def resolve(
     models = [file.used(from_params=True) for file in found]
     checkpoints = {file.checkpoint.checkpoint_id: file.checkpoint for file in found}
     return NamedByParams(params.written_at, list(dict.fromkeys(models)), [*checkpoints.values()])
+
+
+def _storable(named: BodyNames) -> BodyNames:
+    """With another sign for each that JSON may have and Postgres or UTF-8 has not; no file has one
+    in its name."""
+    return replace(
+        named,
+        models=[replace(one, title=_NOT_STORABLE.sub("\ufffd", one.title)) for one in named.models],
+        prompts=[_NOT_STORABLE.sub("\ufffd", prompt) for prompt in named.prompts],
+    )
 
 
 def _check_checkpoint(task_type: str, named: BodyNames, listed: Iterable[FoundFile]) -> None:

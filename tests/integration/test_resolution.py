@@ -373,6 +373,15 @@ async def test_only_words_that_stand_in_a_prompt_are_embeddings(registry: Regist
 NO_NETWORKS = {"disable_extra_networks": True}
 
 
+async def test_signs_that_no_name_has_are_in_nobodys_way(registry: Registry) -> None:
+    await registry.add("embeddings", "zorb.pt")
+    for sign in ("\0", "\ud800"):
+        assert await registry.find({"prompt": f"a {sign}zorb {sign}"}) == ["zorb.pt"]
+        with pytest.raises(ApiError, match="sd_vae: checkpoint with name") as error:
+            await registry.find(settings(sd_vae=f"a{sign}b"))
+        assert error.value.message.encode()
+
+
 async def test_looking_a_name_up_reads_no_more_than_the_index(registry: Registry) -> None:
     await registry.pool.execute(
         """
