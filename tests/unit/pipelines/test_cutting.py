@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import numpy as np
@@ -15,8 +17,9 @@ import pytest
 from PIL import Image, ImageCms, ImageDraw
 
 from deploy.local.weights import FOLDER
-from services.inference.worker.pipelines import JobFailure
+from services.inference.worker.pipelines import JobFailure, cutting
 from services.inference.worker.pipelines.cutting import CUSTOM, SESSIONS, CuttingPlan
+from services.inference.worker.pipelines.library import Models
 from services.inference.worker.pipelines.pictures.files import Format
 from tests.unit.pipelines import small
 from tests.unit.pipelines.easel import DEMO, Done, Easel, Model, base64_of, job_of
@@ -303,3 +306,33 @@ def test_u2net_takes_the_background_away(easel: Easel) -> None:
     disc = Image.new("1", picture.size)
     ImageDraw.Draw(disc).ellipse((70, 40, 180, 160), fill=1)
     assert (found == np.asarray(disc)).mean() > 0.99
+
+
+VARIANT = "small-distinctions-646"
+
+
+def test_jobs_side_by_side_have_each_its_own_vitmatte_of_a_name(
+    easel: Easel, tmp_path: Path
+) -> None:
+    from rembg import matting
+
+    sessions, both = [], Barrier(2)
+    for number in range(2):
+        path = small.write_brightness(tmp_path / f"{number}.onnx")
+        job, files = job_of("rembg", [("rembg", f"vitmatte-{VARIANT}.onnx", path)])
+        sessions.append(
+            Models(job, files, easel.engine.library).get("rembg", f"vitmatte-{VARIANT}", "x")
+        )
+
+    def used(number: int) -> set[object]:
+        both.wait()
+        seen = set()
+        for _ in range(20):
+            with cutting._vitmatte_in_place(sessions[number]):
+                seen |= {matting._get_session(VARIANT) for _ in "ab"}
+        return seen
+
+    with ThreadPoolExecutor(2) as threads:
+        one, other = threads.map(used, range(2))
+    assert len(one) == len(other) == 1
+    assert one != other

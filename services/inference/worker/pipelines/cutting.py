@@ -6,8 +6,11 @@ cloud. Here a session is one of a list, and its models are the files that the jo
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -178,11 +181,12 @@ class CuttingPlan:
         params = self.params
         only_mask = params.only_mask or params.return_mask
         more: dict[str, Any] = {}
+        in_place: AbstractContextManager[None] = contextlib.nullcontext()
         if self.vitmatte is not None and not only_mask:
-            self._put_vitmatte_in_place(self.vitmatte)
+            in_place = _vitmatte_in_place(self.vitmatte)
             more = {
                 "vitmatte": True,
-                "vitmatte_model": self.vitmatte.stem.removeprefix("vitmatte-"),
+                "vitmatte_model": _variant(self.vitmatte),
                 "alpha_matting_foreground_threshold": params.alpha_matting_foreground_threshold,
                 "alpha_matting_background_threshold": params.alpha_matting_background_threshold,
                 "alpha_matting_erode_size": params.alpha_matting_erode_size,
@@ -194,13 +198,14 @@ class CuttingPlan:
                 if matted := self._matted(mask):
                     return matted
                 more = {"decontaminate": True}
-            cut: Image.Image = bg.remove(
-                self.picture.copy(),
-                session=_Found(mask),
-                only_mask=only_mask,
-                putalpha=params.putalpha,
-                **{"decontaminate": params.decontaminate, **more},
-            )
+            with in_place:
+                cut: Image.Image = bg.remove(
+                    self.picture.copy(),
+                    session=_Found(mask),
+                    only_mask=only_mask,
+                    putalpha=params.putalpha,
+                    **{"decontaminate": params.decontaminate, **more},
+                )
         except Exception as error:
             if isinstance(error, JobFailure) or is_out_of_memory(error):
                 raise
@@ -235,24 +240,40 @@ class CuttingPlan:
             return None
         return matted
 
-    def _put_vitmatte_in_place(self, model: Shelved) -> None:
-        """Where the library would keep what it had fetched."""
-        import onnxruntime
-        from rembg import matting
 
-        def load() -> Any:
-            try:
-                return onnxruntime.InferenceSession(
-                    str(model.path), _options(), providers=["CPUExecutionProvider"]
-                )
-            except Exception as error:
-                raise JobFailure(
-                    f"broken checkpoint: {model.name} is no ONNX model: {_line(error)}"
-                ) from error
+_vitmatte_turn = threading.Lock()
+"""Held while a model is in place: the library has one place for each name, whatever is in it."""
 
-        size = model.path.stat().st_size * TIMES_ITS_FILE
-        session = self.library.in_memory.get(("vitmatte", identity_of(model.path)), size, load)
-        matting._sessions[model.stem.removeprefix("vitmatte-")] = session
+
+@contextlib.contextmanager
+def _vitmatte_in_place(model: Shelved) -> Iterator[None]:
+    """Where the library would keep what it had fetched. Raises JobFailure."""
+    import onnxruntime
+    from rembg import matting
+
+    def load() -> Any:
+        try:
+            return onnxruntime.InferenceSession(
+                str(model.path), _options(), providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:
+            raise JobFailure(
+                f"broken checkpoint: {model.name} is no ONNX model: {_line(error)}"
+            ) from error
+
+    size = model.path.stat().st_size * TIMES_ITS_FILE
+    session = model.library.in_memory.get(("vitmatte", identity_of(model.path)), size, load)
+    with _vitmatte_turn:
+        matting._sessions[_variant(model)] = session
+        try:
+            yield
+        finally:
+            del matting._sessions[_variant(model)]
+
+
+def _variant(model: Shelved) -> str:
+    """What the library calls it."""
+    return model.stem.lower().removeprefix("vitmatte-")
 
 
 def _options() -> Any:
