@@ -14,6 +14,7 @@ from services.endpoints.launchers import Program
 from services.endpoints.launchers.gpus import visible_gpus
 from shared.settings import ServiceSettings, variables
 from shared.webui.settings import WebuiSettings
+from shared.webui.styles import read_styles
 
 BUILT_IN: Mapping[str, InstanceType | str] = {
     "cpu": InstanceType(device="cpu", max=4, image="darkroom/worker-cpu"),
@@ -22,6 +23,9 @@ BUILT_IN: Mapping[str, InstanceType | str] = {
 
 
 ANYWHERE = "0.0.0.0"  # noqa: S104
+
+MAX_STYLES = 60_000
+"""Characters: an environment variable has room for twice that."""
 
 HANDED_ON = (
     "otlp_url",
@@ -177,10 +181,27 @@ class Settings(ServiceSettings, frozen=True, kw_only=True):
                 environment[f"DARKROOM_{name.upper()}"] = str(value)
         for name, variable in variables(WebuiSettings).items():
             if (told := getattr(self.webui, name)) != getattr(WebuiSettings(), name):
-                environment[variable] = str(told)
+                environment[variable] = self._styles() if name == "styles" else str(told)
         if self.worker_threads:
             environment["OMP_NUM_THREADS"] = str(self.worker_threads)
         return environment
+
+    def _styles(self) -> str:
+        """As a worker can read them, wherever it runs. Raises SystemExit that says what is wrong
+        with DARKROOM_STYLES."""
+        told = self.webui.styles
+        try:
+            table = msgspec.json.encode(read_styles(told)).decode()
+        except ValueError as error:
+            raise SystemExit(f"bad setting DARKROOM_STYLES: {error}") from None
+        if len(table) <= MAX_STYLES:
+            return table
+        if self.launcher == "process" and not told.lstrip().startswith("{"):
+            return str(Path(told).absolute())
+        raise SystemExit(
+            f"bad setting DARKROOM_STYLES: its styles have {len(table)} characters, a container's"
+            f" environment has room for {MAX_STYLES}"
+        )
 
     def known_types(self) -> InstanceTypes:
         """Raises SystemExit that names what is wrong with DARKROOM_INSTANCE_TYPES."""

@@ -3,4 +3,6 @@
 titles.py       the names that people use for model files
 body_names.py   which models a body names
 settings.py     what a deployment decides about bodies
+styles.py       prompts that have a name
+values.py       flags and numbers, however they are written
 """

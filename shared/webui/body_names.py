@@ -18,6 +18,7 @@ from typing import Any, TypedDict
 import msgspec
 
 from shared.webui.titles import CHECKPOINT, LORA, UPSCALER, stem_of
+from shared.webui.values import as_flag, as_number, as_whole
 
 VAE, EMBEDDING, CONTROLNET, REMBG = "VAE", "embeddings", "ControlNet", "rembg"
 PAINTING = ("txt2img", "img2img")
@@ -126,7 +127,7 @@ def _of_painting(raw: _Body, task_type: str) -> BodyNames:
             (UPSCALER, "hr_upscaler", _either(axes, "hires upscaler", raw.get("hr_upscaler"))),
         ]
     fields += _of_sd_upscale(raw, task_type)
-    found = [*_models(fields), *_of_scripts(raw.get("alwayson_scripts"))]
+    found = [*_models(fields), *_of_scripts(raw)]
     prompts = _replaced(_prompt(raw.get("prompt")), axes)
     acting = {"prompt": prompts}
     others = _replaced(_prompt(raw.get("negative_prompt")), axes)
@@ -155,8 +156,10 @@ def _models(fields: Iterable[tuple[str, str, list[Any]]]) -> Iterator[NamedModel
                 yield NamedModel(type_, title, field)
 
 
-def _of_scripts(given: Any) -> Iterator[NamedModel]:
-    for name, script in _object(given).items():
+def _of_scripts(raw: _Body) -> Iterator[NamedModel]:
+    refines = raw.get("refiner_checkpoint") is None  # the field goes before the script
+    for title, script in _object(raw.get("alwayson_scripts")).items():
+        name = title.strip()
         arguments = _object(script).get("args")
         arguments = arguments if isinstance(arguments, list) else []
         where = f"alwayson_scripts.{name.lower()}.args"
@@ -166,8 +169,8 @@ def _of_scripts(given: Any) -> Iterator[NamedModel]:
                     yield from _models(
                         [(CONTROLNET, f"{where}[{number}].model", [unit.get("model")])]
                     )
-        elif name.lower() == "refiner" and len(arguments) > 1 and _flag(arguments[0]):
-            yield from _models([(CHECKPOINT, where, [arguments[1]])])
+        elif name.lower() == "refiner" and refines and _flag(next(iter(arguments), None)):
+            yield from _models([(CHECKPOINT, where, arguments[1:2])])
 
 
 SD_UPSCALE = "sd upscale"
@@ -221,7 +224,7 @@ def plot_axes(raw: _Body, task_type: str) -> list[tuple[str, list[str]]]:
     axes = []
     for type_, typed, chosen in zip(*[iter(given[:9])] * 3, strict=False):
         for label, numbers in MODEL_AXES.items():
-            if type_ == numbers.get(task_type) or _text(type_).lower() == label:
+            if as_whole(type_) == numbers.get(task_type) or _text(type_).lower() == label:
                 choose = chosen and not csv_mode and label != _TYPED
                 axes.append((label, _values(chosen if choose else typed)))
     return axes
@@ -325,17 +328,12 @@ def _prompt(given: Any) -> str:
 
 
 def _flag(given: Any, *, usually: bool = False) -> bool:
-    try:
-        return usually if given is None else msgspec.convert(given, bool, strict=False)
-    except msgspec.ValidationError:
-        return False
+    return usually if given is None else as_flag(given) is True
 
 
 def _number(given: Any) -> float:
-    try:
-        return msgspec.convert(given, float, strict=False)
-    except msgspec.ValidationError:
-        return 0.0
+    number = as_number(given)
+    return number if isinstance(number, int | float) else 0.0
 
 
 def _distinct(found: Iterable[NamedModel]) -> list[NamedModel]:

@@ -16,6 +16,8 @@ class WebuiSettings(msgspec.Struct, frozen=True, kw_only=True):
     The webui's API takes any number, its pages do not: here the deployment says what is too much.
 
     - `webui_version`: whose ways a body is read by, where they differ.
+    - `styles`: JSON `{"name": {"prompt": …, "negative_prompt": …}}`, or the path of such a file or
+      of a webui's styles.csv, which is read once.
     - `max_steps`: of a pass; models know no more than 1000.
     - `max_side`: of what is rendered, hires fix included, in pixels.
     - `max_upscaled_side`: of what extra-single-image and extra-batch-images make.
@@ -28,6 +30,7 @@ class WebuiSettings(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     webui_version: Literal["1.7", "1.10"] = "1.7"
+    styles: str = ""
     max_steps: Annotated[int, Meta(ge=1, le=1000)] = 1000
     max_side: Annotated[int, Meta(ge=64)] = 4096
     max_upscaled_side: AtLeastOne = 16_384

@@ -178,6 +178,24 @@ def test_workers_are_told_what_is_set_for_bodies() -> None:
         settings(max_steps="2000")
 
 
+def test_workers_are_told_the_styles_wherever_they_run(tmp_path: Path) -> None:
+    file = tmp_path / "styles.csv"
+    file.write_text("name,prompt,negative_prompt\nsharp,sharp,soft\n")
+    for launcher in ("process", "docker"):
+        environment = settings(styles=str(file), launcher=launcher).program().environment
+        told = json.loads(environment["DARKROOM_STYLES"])
+        assert told == {"sharp": {"prompt": "sharp", "negative_prompt": "soft"}}
+    file.write_text("name,prompt\n" + "".join(f"{n},{'x' * 90}\n" for n in range(1000)))
+    large = str(tmp_path / "large.csv")
+    file.rename(large)
+    environment = settings(styles=large).program().environment
+    assert environment["DARKROOM_STYLES"] == large
+    with pytest.raises(SystemExit, match="DARKROOM_STYLES: its styles have 1"):
+        settings(styles=large, launcher="docker").program()
+    with pytest.raises(SystemExit, match=r"DARKROOM_STYLES: .*nowhere"):
+        settings(styles="/nowhere.csv").program()
+
+
 def test_secrets_are_no_part_of_what_launchers_show() -> None:
     program = settings(worker_nats_password="hush").program()
     assert program.secrets["DARKROOM_NATS_PASSWORD"] == "hush"

@@ -16,6 +16,7 @@ from PIL import Image
 
 from services.inference.worker.pipelines import Listener, Result
 from services.inference.worker.pipelines.engine import Engine
+from services.inference.worker.settings import EngineOptions
 from shared.contracts.inference import RunJob
 from tests.weights import files_of, used
 
@@ -30,8 +31,8 @@ CHECKPOINT: Model = ("Stable-diffusion", NAME, DEMO)
 class Easel(Listener):
     """`steps`: those of the last job, as they were reported."""
 
-    def __init__(self, cache: Path) -> None:
-        self.engine = Engine("cpu", cache, self)
+    def __init__(self, cache: Path, options: EngineOptions | None = None) -> None:
+        self.engine = Engine("cpu", cache, self, options)
         self.steps: list[tuple[int, int]] = []
 
     def step(self, job_id: str, step: int, steps: int) -> None:

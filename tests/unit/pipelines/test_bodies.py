@@ -473,7 +473,10 @@ def test_what_asks_for_nothing_is_passed_over() -> None:
 @pytest.mark.parametrize(
     ("body", "warning"),
     [
-        ({"styles": ["anime"]}, "styles: no effect here"),
+        (
+            {"styles": ["anime"]},
+            'styles "anime": no effect, this deployment has no style of that name',
+        ),
         ({"restore_faces": True}, "restore_faces: no effect here"),
         ({"send_images": False}, "send_images: no effect here"),
         ({"units": []}, "units: no effect here"),
@@ -819,6 +822,186 @@ def test_units_are_no_field_of_their_own() -> None:
     ]
 
 
+# Scripts that every body of an installation carries
+
+FROM_A_WEBUI: dict[str, Any] = {
+    "extra options": {"args": []},
+    "hypertile": {"args": []},
+    "comments": {"args": []},
+    "tiled diffusion": {"args": [False, "MultiDiffusion", False, True, 1024, 1024, "", -1.0]},
+    "tiled vae": {"args": [False, 3072, 192, True, True, True, False]},
+    "controlnet": {"args": [{"enabled": False, "module": "none", "image": None, "weight": 1}]},
+    "reactor": {"args": [None, False, "0", "0", "inswapper_128.onnx", "CodeFormer", 1, True]},
+    "ADetailer": {"args": [False, False, {"ad_model": "face_yolov8n.pt"}, {"ad_model": "None"}]},
+    "AnimateDiff": {"args": [{"enable": False, "video_length": 16}]},
+    "Dynamic Prompts v2.17.1": {"args": [True, False, 1, False, False, 0.7]},
+    "Dynamic Thresholding (CFG Scale Fix)": {"args": ["False", 7, 100, "Constant"]},
+    "LoRA Block Weight": {"args": ["NONE:0,0,0", True, 1, "", "", ""]},
+    "Regional Prompter": {"args": [0, False, "Matrix", "Horizontal", "1,1"]},
+    "FreeU Integrated (SD 1.x, SD 2.x, SDXL)": {"args": [False, 1.01, 1.02, 0.99, 0.95, 0, 1]},
+    "Kohya HRFix Integrated": {"args": [False, 3, 2, 0, 0.35, True, "bicubic", "bicubic"]},
+    "SelfAttentionGuidance Integrated (SD 1.x, SD 2.x, SDXL)": {"args": [False, 0.5, 2, 1]},
+    "Never OOM Integrated": {"args": [True, True]},
+    "StyleAlign Integrated": {"args": [False, 1]},
+    "soft inpainting": {"args": [{"Soft inpainting": False, "Schedule bias": 1}]},
+    "refiner": {"args": [False, "", 0.8]},
+    "seed": {"args": [-1, False, -1, 0, 0, 0]},
+    "sampler": {"args": [20, "DPM++ 2M", "Automatic"]},
+    "no script of ours": {"args": [None, False, 0, "", []]},
+}
+
+
+def test_scripts_that_are_off_ask_for_nothing() -> None:
+    params, warnings = read(**OF_A_WEBUI, alwayson_scripts=FROM_A_WEBUI)
+    assert warnings == []
+    assert params == read(**OF_A_WEBUI)[0]
+
+
+OF_A_WEBUI: dict[str, Any] = {
+    "seed": 223104262,
+    "steps": 8,
+    "sampler_name": "Euler",
+    "scheduler": "Automatic",
+    "refiner_checkpoint": None,
+    "refiner_switch_at": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("title", "args"),
+    [
+        ("tiled diffusion", [True, "MultiDiffusion"]),
+        ("Tiled VAE", ["true", 3072]),
+        ("extra options", [False]),
+        ("Dynamic Thresholding (CFG Scale Fix)", [1, 7, 100]),
+        ("FreeU Integrated (SD 1.x, SD 2.x, SDXL)", [True, 1.01]),
+        ("soft inpainting", [{"Soft inpainting": True}]),
+        ("nobody knows it", [0.5]),
+        ("nobody knows it", [None, 1]),
+        ("nobody knows it", [{"enabled": False}, {"enabled": True}]),
+        ("nobody knows it", {"enabled": True}),
+    ],
+)
+def test_a_script_that_is_on_and_not_there_is_told(title: str, args: object) -> None:
+    warning = f'alwayson_scripts."{title}": no effect here'
+    assert read(alwayson_scripts={title: {"args": args}})[1] == [warning]
+
+
+def test_dynamic_prompts_are_told_where_a_prompt_has_some() -> None:
+    on = {"Dynamic Prompts v2.17.1": {"args": [True, False, 1]}}
+    for prompt in ("a {red|blue} circle", "a __color__ circle"):
+        _, (warning,) = read(prompt=prompt, alwayson_scripts=on)
+        assert warning == 'alwayson_scripts."Dynamic Prompts v2.17.1": no effect here'
+    off = {"Dynamic Prompts v2.17.1": {"args": [False, False, 1]}}
+    assert read(prompt="a {red|blue} circle", alwayson_scripts=off)[1] == []
+
+
+@pytest.mark.parametrize(
+    ("title", "args"),
+    [
+        ("ADetailer", [True, False, {"ad_model": "face_yolov8n.pt"}]),
+        ("adetailer", [{"ad_model": "face_yolov8n.pt"}]),
+        ("ADetailer", ["True", False, {"ad_model": "None"}, {"ad_model": "hand_yolov8n.pt"}]),
+        ("reactor", ["iVBORw0KGgo=", True, "0"]),
+        ("roop", [None, 1, "0"]),
+        ("AnimateDiff", [{"enable": True}]),
+    ],
+)
+def test_a_script_that_makes_another_picture_is_refused(title: str, args: list[Any]) -> None:
+    told = reason_of(json.dumps({"alwayson_scripts": {title: {"args": args}}}).encode())
+    assert told.startswith(f"alwayson_scripts.{title}: got one that is enabled, allowed is none")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        [],
+        [True, False],
+        [True, False, {"ad_model": "None"}],
+        [True, False, {"ad_model": "face_yolov8n.pt", "ad_tab_enable": False}],
+        [False, {"ad_model": "face_yolov8n.pt"}],
+    ],
+)
+def test_adetailer_without_anything_to_find_is_off(args: list[Any]) -> None:
+    assert read(alwayson_scripts={"ADetailer": {"args": args}})[1] == []
+
+
+def test_the_scripts_that_are_there_act_in_place_of_fields() -> None:
+    scripts = {
+        "seed": {"args": ["5", True, 6, 0.5, 128.0, 64]},
+        "Refiner": {"args": [True, "refiner.safetensors [0123abcdef]", "0.7"]},
+        "Sampler": {"args": [12, "DPM++ 2M", "Karras"]},
+    }
+    params, warnings = read(alwayson_scripts=scripts)
+    assert warnings == []
+    assert (params.seed, params.subseed, params.subseed_strength) == (5, 6, 0.5)
+    assert (params.seed_resize_from_w, params.seed_resize_from_h) == (128, 64)
+    assert params.refiner_checkpoint == "refiner.safetensors [0123abcdef]"
+    assert params.refiner_switch_at == 0.7
+    assert (params.steps, params.sampler.name) == (12, "DPM++ 2M Karras")
+    own: dict[str, Any] = {"seed": 1, "subseed": 2, "refiner_switch_at": 0.5, "steps": 3}
+    params, _ = read(**own, alwayson_scripts=scripts)
+    assert (params.seed, params.subseed, params.subseed_strength) == (1, 2, 0.5)
+    assert (params.steps, params.refiner_switch_at) == (3, 0.5)
+    without_extra = {"seed": {"args": [5, False, 6, 0.5, 128, 64]}}
+    assert read(alwayson_scripts=without_extra)[0] == read(seed=5)[0]
+
+
+@pytest.mark.parametrize(
+    ("scripts", "reason"),
+    [
+        ({"seed": {"args": ["any"]}}, 'alwayson_scripts.seed.args.seed: got "any", allowed is a'),
+        (
+            {"refiner": {"args": ["on and off"]}},
+            'alwayson_scripts.refiner.args.enable_refiner: got "on and off", allowed is true or fa',
+        ),
+        ({"sampler": {"args": 5}}, "alwayson_scripts.sampler.args: got 5, allowed is a list"),
+        ({"sampler": {"args": [1001]}}, "steps: got 1001, allowed is a whole number from 1 to"),
+    ],
+)
+def test_a_wrong_argument_of_a_script_is_named(scripts: dict[str, Any], reason: str) -> None:
+    assert reason_of(json.dumps({"alwayson_scripts": scripts}).encode()).startswith(reason)
+
+
+# Styles
+
+STYLES = json.dumps(
+    {
+        "cinema": {"prompt": "cinematic still of {prompt}, 35mm", "negative_prompt": "cartoon"},
+        "sharp": {"prompt": "sharp"},
+    }
+)
+
+
+def test_styles_are_put_to_the_prompts_as_in_the_webui() -> None:
+    webui = WebuiSettings(styles=STYLES)
+    body = {"prompt": "a cat", "negative_prompt": "blurry", "styles": ["sharp", "cinema"]}
+    params, warnings = parse_painting(body, "txt2img", webui)
+    assert warnings == []
+    assert params.prompt == "cinematic still of a cat, sharp, 35mm"
+    assert params.negative_prompt == "blurry, cartoon"
+    assert (params.hr_prompt, params.hr_negative_prompt) == ("", "")
+    params, _ = parse_painting(body | {"prompt": "", "hr_prompt": "a dog"}, "txt2img", webui)
+    assert params.prompt == "cinematic still of sharp, 35mm"
+    assert params.hr_prompt == "cinematic still of a dog, sharp, 35mm"
+    params, warnings = parse_painting({"styles": ["Sharp", "None", ""]}, "txt2img", webui)
+    assert params.prompt == ""
+    assert warnings == ['styles "Sharp": no effect, this deployment has no style of that name']
+
+
+def test_prompts_are_written_as_the_webui_writes_them() -> None:
+    prompt = "# a note\na  cat, ,  red #not blue\n, round,"
+    (old, _), (new, _) = (
+        parse_painting({"prompt": prompt}, "txt2img", WebuiSettings(webui_version=version))
+        for version in ("1.7", "1.10")
+    )
+    assert old.prompt == "# a note\na cat, red #not blue\n, round"
+    assert new.prompt == "\na  cat, ,  red \n, round,"
+    kept = {"prompt": prompt, "override_settings": {"enable_prompt_comments": False}}
+    params, _ = parse_painting(kept, "txt2img", WebuiSettings(webui_version="1.10"))
+    assert params.prompt == prompt
+
+
 # rembg and extras
 
 
@@ -908,7 +1091,7 @@ def test_bodies_of_extras_are_read() -> None:
         ({"upscaler_1": True}, "upscaler_1: got true, allowed is a text"),
         ({"extras_upscaler_2_visibility": 2}, "extras_upscaler_2_visibility: got 2, allowed is a"),
         ({"imageList": ["x"]}, "imageList[0]: got "),
-        ({"imageList": [{"data": 1}]}, "imageList[0].data: got 1, allowed is a text"),
+        ({"imageList": [{"data": [1]}]}, "imageList[0].data: got [1], allowed is a text"),
     ],
 )
 def test_a_wrong_field_of_extras_is_named(body: dict[str, Any], reason: str) -> None:
@@ -940,8 +1123,11 @@ def bodies_of(*params: type[msgspec.Struct], more: tuple[str, ...] = ()) -> st.S
     return st.dictionaries(known | st.text(max_size=8), VALUES | inner, max_size=10) | VALUES
 
 
+SCRIPTS = ("alwayson_scripts", "controlnet", "args", "seed", "refiner", "sampler", "ADetailer")
+
+
 @settings(max_examples=400, deadline=None)
-@given(bodies_of(PaintingParams, OverrideSettings, more=("alwayson_scripts", "controlnet")))
+@given(bodies_of(PaintingParams, OverrideSettings, more=SCRIPTS))
 def test_any_json_is_read_or_refused_as_a_painting(body: object) -> None:
     for task_type in ("txt2img", "img2img"):
         with suppress(JobFailure):

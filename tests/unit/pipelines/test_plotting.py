@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ import pytest
 from services.inference.worker.pipelines import JobFailure
 from services.inference.worker.pipelines.pictures import files
 from services.inference.worker.pipelines.plotting import AXES
+from services.inference.worker.settings import EngineOptions
+from shared.webui.settings import WebuiSettings
 from tests.unit.pipelines.easel import CHECKPOINT, Done, Easel, job_of, read_back
 
 SEED, STEPS, REPLACE, SAMPLER = 1, 4, 7, 9
@@ -195,6 +198,19 @@ def test_random_seeds_of_an_axis_are_drawn_once_unless_they_are_to_stay_random(
     seeds = done.info["all_seeds"]
     assert seeds[0] != seeds[2]
     assert "Fixed X Values" not in done.fields
+
+
+def test_styles_can_be_plotted(tmp_path: Path) -> None:
+    table = json.dumps({"blue": {"prompt": "blue {prompt}"}, "calm": {"prompt": "calm"}})
+    easel = Easel(tmp_path, EngineOptions(webui=WebuiSettings(styles=table)))
+    done = plot(easel, ("Styles", "", ["None", "blue", "blue,calm", "wild"]), styles=["calm"])
+    assert done.info["all_prompts"] == [
+        "a red circle, calm",
+        "blue a red circle, calm",
+        "blue a red circle, calm, calm",
+        "a red circle, calm",
+    ]
+    assert done.warnings == ['styles "wild": no effect, this deployment has no style of that name']
 
 
 def test_a_plot_has_the_format_that_the_job_asks_for(easel: Easel) -> None:

@@ -1234,7 +1234,7 @@ class Painting:
             "extra_generation_params": {k: v for k, v in fields.items() if v is not None},
             "index_of_first_image": int(with_grid),
             "infotexts": texts,
-            "styles": [],
+            "styles": params.styles,
             "job_timestamp": timestamp(datetime.now(UTC)),
             "clip_skip": self.settings.CLIP_stop_at_last_layers,
             "is_using_inpainting_conditioning": plan.kind.inpainting,

@@ -34,8 +34,6 @@ from services.inference.worker.pipelines.params.painting import (
 )
 from services.inference.worker.pipelines.params.reading import (
     Body,
-    as_flag,
-    as_whole,
     convert,
     printable,
     short,
@@ -44,6 +42,7 @@ from services.inference.worker.pipelines.pictures.grids import grid, labelled
 from services.inference.worker.pipelines.pictures.infotext import fields_text, param_json
 from services.inference.worker.pipelines.stopwatch import Stopwatch
 from shared.contracts.inference import RunJob
+from shared.webui.values import as_flag, as_whole
 
 SEEDS = ("Seed", "Var. seed")
 
@@ -100,6 +99,11 @@ def _reorder(body: Body, words: Sequence[str], _: list[Any]) -> None:
     body["prompt"] = "".join(itertools.chain(*zip(pieces, words, strict=True))) + rest
 
 
+def _add_styles(body: Body, value: str, _: list[Any]) -> None:
+    """To those of the body; several have commas between them."""
+    body["styles"] = [*body.get("styles", []), *value.split(",")]
+
+
 def _truth(text: str) -> bool:
     """Raises ValueError."""
     value = as_flag(text)
@@ -141,7 +145,7 @@ AXES = (
     Axis("Hires upscaler", str, _field("hr_upscaler"), chosen=True, only=TXT2IMG),
     Axis("Cond. Image Mask Weight", float, _setting("inpainting_mask_weight"), only=IMG2IMG),
     Axis("VAE", str, _setting("sd_vae"), chosen=True),
-    Axis("Styles", str, _field("styles"), chosen=True),
+    Axis("Styles", str, _add_styles, chosen=True),
     Axis("UniPC Order", int, _setting("uni_pc_order")),
     Axis("Face restore", str, _field("restore_faces"), named=False),
     Axis("Token merging ratio", float, _setting("token_merging_ratio")),

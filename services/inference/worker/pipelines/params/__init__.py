@@ -3,6 +3,7 @@
   reading.py     JSON as clients send it, and what is said of a field that is wrong
   painting.py    txt2img and img2img, with their override_settings
   control.py     units in alwayson_scripts.controlnet
+  scripts.py     the other alwayson_scripts
   cutting.py     rembg
   enlarging.py   extra-single-image, extra-batch-images
 

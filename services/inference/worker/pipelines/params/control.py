@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
@@ -10,11 +10,12 @@ from msgspec import Meta
 from services.inference.worker.pipelines import JobFailure
 from services.inference.worker.pipelines.params.reading import (
     Share,
-    as_whole,
+    checked,
     convert,
     ignored,
     short,
 )
+from shared.webui.values import as_whole
 
 MOST_UNITS = 10
 RESIZE_MODES = ("Just Resize", "Crop and Resize", "Resize and Fill")
@@ -90,21 +91,20 @@ _HARMLESS: dict[str, tuple[object, ...]] = {
 
 
 def parse_units(scripts: Any) -> tuple[list[ControlUnit], list[str]]:
-    """The enabled units of `alwayson_scripts`, and warnings about all other scripts. Nothing else
-    is looked at in a unit that is not enabled."""
+    """The enabled units of `alwayson_scripts`, and warnings. Nothing else is looked at in a unit
+    that is not enabled."""
     units: list[ControlUnit] = []
     warnings: list[str] = []
     if scripts is None:
         return units, warnings
-    for name, script in _checked(scripts, dict, "alwayson_scripts").items():
+    for name, script in checked(scripts, dict, "alwayson_scripts").items():
         if name.lower() != "controlnet":
-            warnings.append(f"alwayson_scripts.{short(name)}: no effect here")
             continue
         at = "alwayson_scripts.controlnet"
-        given = _checked(script, dict, at).get("args", [])
-        for number, raw in enumerate(_checked(given, list, f"{at}.args")):
+        given = checked(script, dict, at).get("args", [])
+        for number, raw in enumerate(checked(given, list, f"{at}.args")):
             where = f"{at}.args[{number}]."
-            _checked(raw, dict, where[:-1])
+            checked(raw, dict, where[:-1])
             switch = {key: value for key, value in raw.items() if key == "enabled"}
             if not convert(switch, ControlUnit, where).enabled:
                 continue
@@ -128,18 +128,6 @@ def parse_units(scripts: Any) -> tuple[list[ControlUnit], list[str]]:
             f"alwayson_scripts.controlnet: got {len(units)} units, allowed are {MOST_UNITS}"
         )
     return units, warnings
-
-
-K = TypeVar("K", dict[str, Any], list[Any])
-
-
-def _checked(given: Any, kind: type[K], where: str) -> K:
-    if given in ({}, []):
-        return kind()  # the webui takes one for the other
-    if not isinstance(given, kind):
-        allowed = "an object" if kind is dict else "a list"
-        raise JobFailure(f"{where}: got {short(given)}, allowed is {allowed}")
-    return given
 
 
 def _choice(given: int | str, names: tuple[str, ...], where: str) -> int:

@@ -17,6 +17,7 @@ from services.inference.worker.pipelines.params.reading import (
     ignored,
     short,
 )
+from services.inference.worker.pipelines.params.scripts import apply_scripts
 from services.inference.worker.pipelines.sampling.names import (
     SAMPLERS,
     SPREADS,
@@ -25,6 +26,7 @@ from services.inference.worker.pipelines.sampling.names import (
 )
 from services.inference.worker.pipelines.sampling.schedules import Spread
 from shared.webui.settings import WebuiSettings
+from shared.webui.styles import NO_STYLE, read_styles, styled, tidied, without_comments
 
 PLOT, SD_UPSCALE = "x/y/z plot", "sd upscale"
 """The scripts that there are, by the webui's names in lower case."""
@@ -58,6 +60,7 @@ class OverrideSettings(msgspec.Struct, frozen=True, kw_only=True):
     always_discard_next_to_last_sigma: bool = False
     comma_padding_backtrack: Annotated[int, Meta(ge=0, le=74)] = 20
     enable_pnginfo: bool = True
+    enable_prompt_comments: bool = True
     eta_ancestral: Eta | None = None
     eta_ddim: Eta | None = None
     eta_noise_seed_delta: Seed = 0
@@ -99,6 +102,7 @@ class PaintingParams(msgspec.Struct, frozen=True, kw_only=True):
 
     prompt: str = ""
     negative_prompt: str = ""
+    styles: list[str] = []
     steps: Annotated[int, Meta(ge=1)] = 50
     sampler_name: str = ""
     sampler_index: str | int = ""
@@ -248,7 +252,6 @@ _HARMLESS: dict[str, tuple[object, ...]] = {
     "restore_faces": (False,),
     "save_images": (False,),
     "send_images": (True,),
-    "styles": ([],),
 }
 _HARMLESS_SETTINGS: dict[str, tuple[object, ...]] = {
     "randn_source": ("CPU",),
@@ -288,10 +291,11 @@ def parse_painting(
     raw: Body, task_type: str, webui: WebuiSettings
 ) -> tuple[PaintingParams, list[str]]:
     """The typed params, and the warnings. Raises JobFailure."""
+    raw, about_scripts = apply_scripts(raw)
     params = convert(raw, PaintingParams, most=_most(webui))
     units, warnings = parse_units(raw.get("alwayson_scripts"))
-    warnings = _ignored(raw, task_type) + warnings
-    params = _as_task(params, task_type)
+    warnings = _ignored(raw, task_type) + about_scripts + warnings
+    params = _with_styles(_as_task(params, task_type), webui, warnings)
     _check(params, task_type, webui)
     warnings += _about_samplers(params)
     return msgspec.structs.replace(_rounded(params, warnings), units=units), warnings
@@ -340,6 +344,38 @@ def _as_task(params: PaintingParams, task_type: str) -> PaintingParams:
             hr_resize_y=params.height,
         )
     return params
+
+
+def _with_styles(
+    params: PaintingParams, webui: WebuiSettings, warnings: list[str]
+) -> PaintingParams:
+    """With its prompts as they are rendered: with those of its styles, and written as the webui
+    writes them."""
+    known = read_styles(webui.styles)
+    warnings += [
+        f"styles {short(name)}: no effect, this deployment has no style of that name"
+        for name in params.styles
+        if name not in (*known, "", NO_STYLE)
+    ]
+    styles = [known[name] for name in params.styles if name in known]
+    positive = [style.prompt for style in styles]
+    negative = [style.negative_prompt for style in styles]
+
+    def written(prompt: str, additions: list[str]) -> str:
+        prompt = styled(prompt, additions)
+        if webui.webui_version == "1.7":
+            return tidied(prompt)
+        commented = params.override_settings.enable_prompt_comments
+        return without_comments(prompt) if commented else prompt
+
+    hr_prompt, hr_negative_prompt = params.hr_prompt, params.hr_negative_prompt
+    return msgspec.structs.replace(
+        params,
+        prompt=written(params.prompt, positive),
+        negative_prompt=written(params.negative_prompt, negative),
+        hr_prompt=hr_prompt and written(hr_prompt, positive),
+        hr_negative_prompt=hr_negative_prompt and written(hr_negative_prompt, negative),
+    )
 
 
 def _check(params: PaintingParams, task_type: str, webui: WebuiSettings) -> None:

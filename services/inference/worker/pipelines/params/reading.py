@@ -11,7 +11,6 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from functools import cache
 from operator import attrgetter
 from typing import Annotated, Any, TypeVar
@@ -20,6 +19,7 @@ import msgspec
 from msgspec import Meta
 
 from services.inference.worker.pipelines import JobFailure
+from shared.webui.values import as_flag, as_number, as_whole
 
 Level = Annotated[int, Meta(ge=0, le=255)]
 Share = Annotated[float, Meta(ge=0, le=1)]
@@ -29,12 +29,8 @@ Body = dict[str, Any]
 MOST_NESTED = 100
 """Objects and lists within each other: whoever walks a body later has a stack for so many."""
 
-_FLAGS = {
-    **dict.fromkeys(("true", "t", "yes", "y", "on", "1"), True),
-    **dict.fromkeys(("false", "f", "no", "n", "off", "0"), False),
-}
-
 P = TypeVar("P", bound=msgspec.Struct)
+K = TypeVar("K", dict[str, Any], list[Any])
 
 
 def read_body(body: bytes) -> Body:
@@ -72,6 +68,16 @@ def convert(
     return read
 
 
+def checked(given: Any, kind: type[K], where: str) -> K:
+    """An object or a list. Raises JobFailure."""
+    if given in ({}, []):
+        return kind()  # the webui takes one for the other
+    if not isinstance(given, kind):
+        allowed = "an object" if kind is dict else "a list"
+        raise JobFailure(f"{where}: got {short(given)}, allowed is {allowed}")
+    return given
+
+
 def ignored(
     raw: dict[str, Any],
     harmless: dict[str, tuple[object, ...]],
@@ -96,29 +102,6 @@ def means(given: Any, value: object) -> bool:
         case int() | float():
             return bool(as_number(given) == value)
     return bool(given == value)
-
-
-def as_flag(given: Any) -> Any:
-    """True or False for whatever means that; what does not stays as it is, here and below."""
-    if isinstance(given, str):
-        return _FLAGS.get(given.strip().lower(), given)
-    return bool(given) if isinstance(given, int | float) and given in (0, 1) else given
-
-
-def as_number(given: Any) -> Any:
-    if not isinstance(given, str):
-        return given
-    with suppress(ValueError):
-        return float(given)
-    return given
-
-
-def as_whole(given: Any) -> Any:
-    if isinstance(given, str):
-        with suppress(ValueError):
-            return int(given)
-    number = as_number(given)
-    return int(number) if isinstance(number, float) and number.is_integer() else given
 
 
 def printable(raw: dict[str, Any]) -> dict[str, Any]:
