@@ -87,7 +87,7 @@ GOOD: dict[str, tuple[str, str, Body]] = {
 OPTIONAL = {"parts_number", "expires_in", "params", "message", "models", "user_id", "filters"}
 OPTIONAL |= {"roles", "multi_parts_tags", "name", "filenames", "urls", "endpoint_name"}
 EITHER = {("CreateCheckpoint", "filenames"), ("DownloadCheckpoint", "urls")}
-EITHER |= {("RenameCheckpoint", "name"), ("CreateInferenceJob", "models")}
+EITHER |= {("RenameCheckpoint", "name")}
 """Optional for the schema, but these bodies say nothing without them."""
 NAME_OF_TOKEN = ("CreateToken", ("name",))
 

@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 
+from services.inference.worker.pipelines.enlarging import BY_PIXELS
+from services.inference.worker.pipelines.painting import LATENT_UPSCALERS
 from services.inference.worker.pipelines.plotting import AXES
 from shared.webui.body_names import (
     LONGEST_PROMPT,
     MODEL_AXES,
+    NO_MODEL,
     BodyNames,
     has_word,
     names_in,
@@ -96,6 +99,7 @@ HIRES = {"enable_hr": True, "hr_upscaler": "R-ESRGAN 4x+", "hr_checkpoint_name":
             {"upscaler_1": "Lanczos", "upscaler_2": "w", "extras_upscaler_2_visibility": "0.5"},
             [("Upscaler", "w")],
         ),
+        ("extra-batch-images", {"upscaler_1": "u"}, [("Upscaler", "u")]),
         ("rembg", {"model": "u2net"}, [("rembg", "u2net")]),
         ("rembg", {"model": "u2net_custom"}, []),
         ("rembg", {"input_image": "AAAA"}, []),
@@ -114,6 +118,11 @@ def test_a_body_names_what_acts(
     task_type: str, body: dict[str, Any], found: list[tuple[str, str]]
 ) -> None:
     assert named(task_type, **body) == found
+
+
+def test_upscalers_without_a_file_are_those_of_the_worker() -> None:
+    known = [name.lower() for name in (*LATENT_UPSCALERS, *BY_PIXELS, "None", "")]
+    assert sorted(NO_MODEL["Upscaler"]) == sorted(known)
 
 
 @pytest.mark.parametrize("name", ["", "None", "none", "Automatic", "Use same checkpoint"])

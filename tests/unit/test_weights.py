@@ -484,6 +484,23 @@ def test_what_steers_in_another_way_is_no_controlnet(name: str, title: str) -> N
     assert (kind.type, kind.title) == ("", f"{title}, which can't be used here yet")
 
 
+@pytest.mark.parametrize(
+    ("written", "alias"),
+    [
+        ("my style", "my style"),
+        (" my style ", "my style"),
+        ("", ""),
+        ("a\0b", ""),
+        ("x" * 256, ""),
+    ],
+)
+def test_a_lora_has_the_alias_that_its_author_wrote_down(written: str, alias: str) -> None:
+    tensors = {LORA: TensorSpec("F16", (4, 768))}
+    assert describe(Header(tensors, {"ss_output_name": written})).alias == alias
+    embedding = {"emb_params": TensorSpec("F16", (2, 768))}
+    assert describe(Header(embedding, {"ss_output_name": "x"})).alias == ""
+
+
 def test_all_that_a_file_tells_is_told() -> None:
     def described(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> Kind:
         return describe(Header({name: TensorSpec(*spec) for name, spec in tensors.items()}))
