@@ -14,7 +14,7 @@ from services.endpoints.launchers import Program
 from services.endpoints.launchers.gpus import visible_gpus
 from shared.settings import ServiceSettings, variables
 from shared.webui.settings import WebuiSettings
-from shared.webui.styles import read_styles
+from shared.webui.styles import check_styles
 
 BUILT_IN: Mapping[str, InstanceType | str] = {
     "cpu": InstanceType(device="cpu", max=4, image="darkroom/worker-cpu"),
@@ -190,10 +190,7 @@ class Settings(ServiceSettings, frozen=True, kw_only=True):
         """As a worker can read them, wherever it runs. Raises SystemExit that says what is wrong
         with DARKROOM_STYLES."""
         told = self.webui.styles
-        try:
-            table = msgspec.json.encode(read_styles(told)).decode()
-        except ValueError as error:
-            raise SystemExit(f"bad setting DARKROOM_STYLES: {error}") from None
+        table = msgspec.json.encode(check_styles(told)).decode()
         if len(table) <= MAX_STYLES:
             return table
         if self.launcher == "process" and not told.lstrip().startswith("{"):

@@ -33,6 +33,7 @@ from shared.contracts.subjects import command_subject
 from shared.postgres import connect_pool
 from shared.service import HealthServer
 from shared.settings import ObjectSettings
+from shared.webui.styles import check_styles
 
 log = logs.get_logger(__name__)
 
@@ -300,6 +301,7 @@ def make_asgi(settings: Settings, object_settings: ObjectSettings) -> Asgi:
 
 
 def run(settings: Settings, object_settings: ObjectSettings) -> None:
+    check_styles(settings.webui.styles)
     logs.configure("gateway", settings.log_level)
     tracing.configure("gateway", settings.otlp_url)
     uvicorn.run(

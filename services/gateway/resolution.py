@@ -30,6 +30,7 @@ from shared.webui.body_names import (
     names_in,
     squeezed,
 )
+from shared.webui.settings import WebuiSettings
 from shared.webui.titles import CHECKPOINT
 from shared.weights.kinds import embedding_fits
 
@@ -86,11 +87,16 @@ def find_file(checkpoint: Checkpoint, name: str) -> FoundFile | None:
 
 
 async def resolve(
-    task_type: str, params: StoredParams, listed: Sequence[FoundFile], owner: Person, views: Views
+    task_type: str,
+    params: StoredParams,
+    listed: Sequence[FoundFile],
+    owner: Person,
+    views: Views,
+    webui: WebuiSettings,
 ) -> NamedByParams:
     """What `params` name beside `listed`, the job's own models. Raises ApiError 404 for a name that
     the owner may use no file by, and 400 for pictures that nothing says a checkpoint of."""
-    named = await asyncio.to_thread(names_in, task_type, params.body)
+    named = await asyncio.to_thread(names_in, task_type, params.body, webui)
     if named is None:
         return NamedByParams(params.written_at)
     named = _storable(named)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from shared.settings import ServiceSettings
+from shared.webui.settings import WebuiSettings
 
 
 class Settings(ServiceSettings, frozen=True, kw_only=True):
@@ -26,6 +27,8 @@ class Settings(ServiceSettings, frozen=True, kw_only=True):
     endpoint_prefix: str = ""
     """`sd` names endpoints `sd-async-NAME`; empty leaves names as they are given, in the profile it
     is `esd`."""
+    webui: WebuiSettings = WebuiSettings()
+    """As the workers have it: models are looked for in bodies as they are read there."""
     cors_origin: str = ""
     metrics_port: int = 0
     """Where `/metrics` is, and `/workers` for their discovery; not on the port of the API, whose

@@ -17,6 +17,8 @@ from typing import Any, TypedDict
 
 import msgspec
 
+from shared.webui.settings import WebuiSettings
+from shared.webui.styles import read_styles, styled, written
 from shared.webui.titles import CHECKPOINT, LORA, UPSCALER, stem_of
 from shared.webui.values import as_flag, as_number, as_whole
 
@@ -34,7 +36,7 @@ NO_MODEL = {
 }
 """What stands for a choice and not for a file, in lower case."""
 LONGEST_PROMPT, MOST_CHARACTERS = 100_000, 5_000_000
-"""Of a prompt, and of all that Prompt S/R makes of one: far more than the worker takes."""
+"""Of a prompt, and of all that a plot makes of one: far more than the worker takes."""
 
 
 class NamedModel(msgspec.Struct, frozen=True):
@@ -67,6 +69,7 @@ class _Body(TypedDict, total=False):
     refiner_checkpoint: Any
     hr_checkpoint_name: Any
     hr_upscaler: Any
+    styles: Any
     script_name: Any
     script_args: Any
     alwayson_scripts: Any
@@ -78,14 +81,14 @@ class _Body(TypedDict, total=False):
     vitmatte_model: Any
 
 
-def names_in(task_type: str, body: bytes) -> BodyNames | None:
+def names_in(task_type: str, body: bytes, webui: WebuiSettings) -> BodyNames | None:
     """Of a body in any form of JSON that the worker reads; None for one that it will refuse. Takes
     some ten milliseconds where it is as large as it may be."""
     raw = _read(body)
     if raw is None:
         return None
     if task_type in PAINTING:
-        return _of_painting(raw, task_type)
+        return _of_painting(raw, task_type, webui)
     found = _of_rembg(raw) if task_type == "rembg" else _of_upscaling(raw)
     return BodyNames(_distinct(found))
 
@@ -107,46 +110,83 @@ def _read(body: bytes) -> _Body | None:
 # txt2img, img2img
 
 
-def _of_painting(raw: _Body, task_type: str) -> BodyNames:
+def _of_painting(raw: _Body, task_type: str, webui: WebuiSettings) -> BodyNames:
     axes = plot_axes(raw, task_type)
     hires = task_type == "txt2img" and _flag(raw.get("enable_hr"))
     settings = _object(raw.get("override_settings"))
     checkpoint = _either(axes, "checkpoint name", settings.get("sd_model_checkpoint"))
+    refiner, upscaler = raw.get("refiner_checkpoint"), raw.get("hr_upscaler")
     fields = [
         (CHECKPOINT, "override_settings.sd_model_checkpoint", checkpoint),
         (VAE, "override_settings.sd_vae", _either(axes, "vae", settings.get("sd_vae"))),
-        (
-            CHECKPOINT,
-            "refiner_checkpoint",
-            _either(axes, "refiner checkpoint", raw.get("refiner_checkpoint")),
-        ),
+        (CHECKPOINT, "refiner_checkpoint", _either(axes, "refiner checkpoint", refiner)),
     ]
     if hires:
         fields += [
             (CHECKPOINT, "hr_checkpoint_name", [raw.get("hr_checkpoint_name")]),
-            (UPSCALER, "hr_upscaler", _either(axes, "hires upscaler", raw.get("hr_upscaler"))),
+            (UPSCALER, "hr_upscaler", _either(axes, "hires upscaler", upscaler)),
         ]
     fields += _of_sd_upscale(raw, task_type)
     found = [*_models(fields), *_of_scripts(raw)]
-    prompts = _replaced(_prompt(raw.get("prompt")), axes)
-    acting = {"prompt": prompts}
-    others = _replaced(_prompt(raw.get("negative_prompt")), axes)
-    if hires:
-        acting["hr_prompt"] = [_prompt(raw.get("hr_prompt"))]
-        others += [_prompt(raw.get("hr_negative_prompt"))]
+    prompts = _prompts(raw, axes, webui, hires=hires)
     if not _flag(raw.get("disable_extra_networks")):
         found += [
             NamedModel(LORA, name, f"{field}: <{kind}:…>")
-            for field, texts in acting.items()
-            for text in texts
+            for field, text in prompts
+            if "negative" not in field
             for kind, name in networks_in(text)
         ]
-    plain = [_NETWORK.sub("", text) for texts in (*acting.values(), others) for text in texts]
+    plain = (NETWORK.sub("", text) for _, text in prompts)
     return BodyNames(
         _distinct(found),
         list(dict.fromkeys(filter(None, plain))),
         any(_text(title) for title in checkpoint),
     )
+
+
+def _prompts(raw: _Body, axes: Axes, webui: WebuiSettings, *, hires: bool) -> list[tuple[str, str]]:
+    """All that is rendered, of all cells of a plot, each with the field that it comes from."""
+    known = read_styles(webui.styles)
+    own = [name for name in _list(raw.get("styles")) if isinstance(name, str)]
+    chosen = [[*own, *value.split(",")] for value in _either(axes, "styles", "")]
+    styles = [[known[name] for name in names if name in known] for names in chosen]
+    positive = [[style.prompt for style in some] for some in styles]
+    negative = [[style.negative_prompt for style in some] for some in styles]
+    settings = _object(raw.get("override_settings"))
+    comments = _flag(settings.get("enable_prompt_comments"), usually=True)
+    fields = {"prompt": positive, "negative_prompt": negative}
+    if hires:
+        fields |= {"hr_prompt": positive, "hr_negative_prompt": negative}
+    found = []
+    for field, additions in fields.items():
+        given = raw.get(field)
+        given = given if isinstance(given, str) else ""
+        if field.startswith("hr_") and not given:
+            continue  # it is the first pass's
+        texts = [given] if field.startswith("hr_") else _replaced(given, axes)
+        pairs = itertools.product(texts, additions)
+        found += [
+            (field, written(text, [], webui.webui_version, comments=comments))
+            for text in _within_bounds(_styled(*pair) for pair in pairs)
+        ]
+    return found
+
+
+def _styled(text: str, additions: list[str]) -> str:
+    for addition in additions:
+        if len(text) <= LONGEST_PROMPT:
+            text = styled(text, [addition])
+    return text if len(text) <= LONGEST_PROMPT else ""
+
+
+def _within_bounds(texts: Iterable[str]) -> Iterator[str]:
+    """As many as are not too much together; a short one has its price, too."""
+    room = MOST_CHARACTERS
+    for text in texts:
+        room -= 100 + len(text)
+        if room < 0:
+            return
+        yield text
 
 
 def _models(fields: Iterable[tuple[str, str, list[Any]]]) -> Iterator[NamedModel]:
@@ -159,17 +199,15 @@ def _models(fields: Iterable[tuple[str, str, list[Any]]]) -> Iterator[NamedModel
 def _of_scripts(raw: _Body) -> Iterator[NamedModel]:
     refines = raw.get("refiner_checkpoint") is None  # the field goes before the script
     for title, script in _object(raw.get("alwayson_scripts")).items():
-        name = title.strip()
-        arguments = _object(script).get("args")
-        arguments = arguments if isinstance(arguments, list) else []
-        where = f"alwayson_scripts.{name.lower()}.args"
-        if name.lower() == "controlnet":
+        name, arguments = title.strip().lower(), _list(_object(script).get("args"))
+        where = f"alwayson_scripts.{name}.args"
+        if name == "controlnet":
             for number, unit in enumerate(map(_object, arguments)):
                 if _flag(unit.get("enabled"), usually=True):
                     yield from _models(
                         [(CONTROLNET, f"{where}[{number}].model", [unit.get("model")])]
                     )
-        elif name.lower() == "refiner" and refines and _flag(next(iter(arguments), None)):
+        elif name == "refiner" and refines and _flag(next(iter(arguments), None)):
             yield from _models([(CHECKPOINT, where, arguments[1:2])])
 
 
@@ -185,16 +223,17 @@ def _of_sd_upscale(raw: _Body, task_type: str) -> list[tuple[str, str, list[Any]
     return [(UPSCALER, "script_args: upscaler", given[2:3])]
 
 
-_NETWORK = re.compile(r"<(\w+):([^<>]+)>")
-_ACTING = ("lora", "lyco")
+NETWORK = re.compile(r"<(\w+):([^<>]+)>")
+NETWORKS = ("lora", "lyco")
+"""The kinds that act."""
 
 
 def networks_in(prompt: str) -> list[tuple[str, str]]:
     """`<lora:name:…>` -> its kind and name, of the kinds that act."""
     return [
         (kind, name)
-        for kind, arguments in _NETWORK.findall(prompt)
-        if kind in _ACTING and (name := arguments.partition(":")[0].strip())
+        for kind, arguments in NETWORK.findall(prompt)
+        if kind in NETWORKS and (name := arguments.partition(":")[0].strip())
     ]
 
 
@@ -207,6 +246,7 @@ MODEL_AXES = {
     "checkpoint name": {"txt2img": 11, "img2img": 10},
     "hires upscaler": {"txt2img": 26},
     "vae": {"txt2img": 27, "img2img": 26},
+    "styles": {"txt2img": 28, "img2img": 27},
     "refiner checkpoint": {"txt2img": 35, "img2img": 34},
 }
 """Those that put names of models into a body, and the numbers that the webui 1.7 gives them."""
@@ -214,7 +254,11 @@ _TYPED = "prompt s/r"
 """The one whose values are typed; those of the others are chosen from a list."""
 
 
-def plot_axes(raw: _Body, task_type: str) -> list[tuple[str, list[str]]]:
+Axes = list[tuple[str, list[str]]]
+"""Of a plot: what each is called, and its values."""
+
+
+def plot_axes(raw: _Body, task_type: str) -> Axes:
     """The axes of models, and their values: for the body of a plot, else none."""
     given = raw.get("script_args")
     if _text(raw.get("script_name")).lower() != PLOT or not isinstance(given, list):
@@ -239,30 +283,25 @@ def _values(given: Any) -> list[str]:
         return []
 
 
-def _either(axes: list[tuple[str, list[str]]], label: str, own: Any) -> list[Any]:
+def _either(axes: Axes, label: str, own: Any) -> list[Any]:
     """What the cells of a plot have in a field, or the body's own."""
     cells = [value for name, values in axes if name == label for value in values]
     return cells or [own]
 
 
-def _replaced(prompt: str, axes: list[tuple[str, list[str]]]) -> list[str]:
+def _replaced(prompt: str, axes: Axes) -> list[str]:
     """What a prompt becomes in the cells of a plot, by Prompt S/R."""
     texts = [prompt]
     for label, values in axes:
         if label == _TYPED and values:
-            texts = [*_with_each(texts, values[0], values)]
+            pairs = itertools.product(texts, values)
+            texts = [*_within_bounds(_with(text, values[0], value) for text, value in pairs)]
     return texts
 
 
-def _with_each(texts: list[str], searched: str, values: list[str]) -> Iterator[str]:
-    room = MOST_CHARACTERS
-    for text, value in itertools.product(texts, values):
-        length = len(text) + text.count(searched) * (len(value) - len(searched))
-        room -= 100 + max(0, length)  # a text has its price however short it is
-        if room < 0:
-            return
-        if length <= LONGEST_PROMPT:
-            yield text.replace(searched, value)
+def _with(text: str, searched: str, value: str) -> str:
+    length = len(text) + text.count(searched) * (len(value) - len(searched))
+    return text.replace(searched, value) if length <= LONGEST_PROMPT else ""
 
 
 # rembg, extra-single-image
@@ -323,8 +362,8 @@ def _text(given: Any) -> str:
     return given.strip() if isinstance(given, str) else ""
 
 
-def _prompt(given: Any) -> str:
-    return given if isinstance(given, str) and len(given) <= LONGEST_PROMPT else ""
+def _list(given: Any) -> list[Any]:
+    return given if isinstance(given, list) else []
 
 
 def _flag(given: Any, *, usually: bool = False) -> bool:

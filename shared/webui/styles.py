@@ -40,6 +40,14 @@ def read_styles(told: str) -> Styles:
         raise ValueError(str(error)) from None
 
 
+def check_styles(told: str) -> Styles:
+    """As `read_styles`. Raises SystemExit that says what is wrong with the setting."""
+    try:
+        return read_styles(told)
+    except ValueError as error:
+        raise SystemExit(f"bad setting DARKROOM_STYLES: {error}") from None
+
+
 def _read_csv(text: str) -> Styles:
     """As the webui reads it: lines that begin with # are comments, and the prompt's column had
     another name once."""
@@ -54,6 +62,17 @@ def _read_csv(text: str) -> Styles:
         for row in reader
         if row["name"] and not row["name"].startswith("#")
     }
+
+
+def written(
+    prompt: str, additions: Sequence[str], webui_version: str, *, comments: bool = True
+) -> str:
+    """A prompt as it is rendered: with those of styles, and written as the webui writes it.
+    `comments`: whether there may be some, which are left out."""
+    prompt = styled(prompt, additions)
+    if webui_version == "1.7":
+        return tidied(prompt)
+    return without_comments(prompt) if comments else prompt
 
 
 def styled(prompt: str, additions: Sequence[str]) -> str:

@@ -52,7 +52,7 @@ def describe(header: Header) -> Kind:
         precision=_precision(header.tensors.values()),
         parameters=header.parameters,
         rank=_rank(header) if kind.type == "Lora" else 0,
-        alias=_alias(header) if kind.type == "Lora" else "",
+        alias=alias_of(header) if kind.type == "Lora" else "",
         **_vectors(header) if kind.type == "embeddings" else {},
     )
 
@@ -263,7 +263,8 @@ def _rank(header: Header) -> int:
     return ranks.most_common(1)[0][0] if ranks else 0
 
 
-def _alias(header: Header) -> str:
+def alias_of(header: Header) -> str:
+    """What its author called a LoRA; empty where it tells none that could be written down."""
     name = header.metadata.get("ss_output_name", "").strip()
     return name if name.isprintable() and len(name) <= LONGEST_ALIAS else ""
 

@@ -22,6 +22,7 @@ from services.gateway.resolution import FoundFile, NamedByParams, find_file, res
 from services.gateway.views import Views
 from shared.contracts.models import Checkpoint, CheckpointFile
 from shared.objects import StoredParams
+from shared.webui.settings import WebuiSettings
 from shared.webui.titles import SUFFIXES
 from shared.weights.kinds import Kind
 
@@ -125,7 +126,7 @@ class Registry:
         if task_type == "txt2img" and not listed:
             files = [FoundFile(CHOSEN, CHOSEN.files[0], "chosen")]
         params = StoredParams(body if isinstance(body, bytes) else json.dumps(body).encode(), NOW)
-        return await resolve(task_type, params, files, owner, Views(self.pool))
+        return await resolve(task_type, params, files, owner, Views(self.pool), WebuiSettings())
 
     async def find(self, body: dict[str, Any], *listed: Checkpoint, **more: Any) -> list[str]:
         return [model.name for model in (await self.resolve(body, *listed, **more)).models]

@@ -19,10 +19,13 @@ from shared.webui.body_names import (
     names_in,
     squeezed,
 )
+from shared.webui.settings import WebuiSettings
+
+USUAL = WebuiSettings()
 
 
-def read(task_type: str, **body: Any) -> BodyNames:
-    names = names_in(task_type, json.dumps(body).encode())
+def read(task_type: str, *webui: WebuiSettings, **body: Any) -> BodyNames:
+    names = names_in(task_type, json.dumps(body).encode(), *(webui or (USUAL,)))
     assert names is not None
     return names
 
@@ -73,6 +76,14 @@ HIRES = {"enable_hr": True, "hr_upscaler": "R-ESRGAN 4x+", "hr_checkpoint_name":
             [("Stable-diffusion", "r")],
         ),
         ("img2img", {"alwayson_scripts": {"refiner": {"args": [False, "r", 0.8]}}}, []),
+        (
+            "txt2img",
+            {
+                "refiner_checkpoint": "own",
+                "alwayson_scripts": {"refiner": {"args": [True, "r", 0.8]}},
+            },
+            [("Stable-diffusion", "own")],
+        ),
         (
             "txt2img",
             {
@@ -181,14 +192,14 @@ def test_a_name_that_comes_again_is_one() -> None:
     ],
 )
 def test_equal_json_names_the_same(written: bytes) -> None:
-    names = names_in("txt2img", written)
+    names = names_in("txt2img", written, USUAL)
     assert names is not None
     assert [one.title for one in names.models] == ["a"]
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[1]", b"null", b'"prompt"', b"[" * 100_000])
 def test_what_is_no_body_can_not_be_read(body: bytes) -> None:
-    assert names_in("txt2img", body) is None
+    assert names_in("txt2img", body, USUAL) is None
 
 
 def test_a_plot_names_what_its_cells_have() -> None:
@@ -229,6 +240,40 @@ def test_prompt_s_r_can_not_make_texts_without_end() -> None:
     assert sum(map(len, all_texts(long, "", "x" * 1_000_000))) <= LONGEST_PROMPT
     assert all_texts(long + "y", "y", "x") == []
     assert len(all_texts("", *["x"] * 100_000)) < 1000
+
+
+STYLES = WebuiSettings(
+    styles=json.dumps(
+        {
+            "soft": {"prompt": "{prompt} <lora:soft:1>", "negative_prompt": "harsh"},
+            "oil": {"prompt": "oil <lora:oil:1>"},
+            "twice": {"prompt": "{prompt}, {prompt}"},
+        }
+    )
+)
+
+
+def test_styles_name_what_their_prompts_do() -> None:
+    body = {"prompt": "a cat", "styles": ["soft", "None", "no such"]}
+    names = read("txt2img", STYLES, **body)
+    assert [(one.title, one.field) for one in names.models] == [("soft", "prompt: <lora:…>")]
+    assert names.prompts == ["a cat ", "harsh"]
+    assert [one.title for one in read("txt2img", **body).models] == []
+    axes = plot("Styles", "", ["oil", "None"])
+    assert [one.title for one in read("img2img", STYLES, **body, **axes).models] == ["soft", "oil"]
+    hires = {"enable_hr": True, "hr_prompt": "large"}
+    fields = [one.field for one in read("txt2img", STYLES, **hires, styles=["oil"]).models]
+    assert fields == ["prompt: <lora:…>"]
+    assert read("txt2img", STYLES, prompt="x", styles=["twice"] * 1000).prompts == []
+
+
+def test_what_is_a_comment_names_nothing() -> None:
+    later = WebuiSettings(webui_version="1.10")
+    body = {"prompt": "a cat # <lora:one:1>\n#<lora:two:1>\na <lora:three:1>"}
+    assert [one.title for one in read("txt2img", later, **body).models] == ["three"]
+    assert len(read("txt2img", **body).models) == 3
+    kept = {"override_settings": {"enable_prompt_comments": False}}
+    assert len(read("txt2img", later, **body, **kept).models) == 3
 
 
 def test_the_numbers_of_axes_are_those_of_the_plot() -> None:

@@ -151,7 +151,9 @@ async def create_inference(
     named = None
     if data.payload_string is not None:
         params = StoredParams(data.payload_string.encode(), datetime.now(UTC))
-        named = await resolve(data.task_type, params, files, person, gateway.views)
+        named = await resolve(
+            data.task_type, params, files, person, gateway.views, gateway.settings.webui
+        )
     ticket = await gateway.ticket(request, person)
     job_id = ticket.new_id()
     command = CreateJob(
@@ -275,7 +277,9 @@ async def _named_by_params(gateway: Gateway, person: Person, job: Job) -> NamedB
         params = await gateway.objects.find_params(job.bucket, job.params_key)
         if params is None:
             return NamedByParams()
-        return await resolve(job.task_type, params, listed, owner, gateway.views)
+        return await resolve(
+            job.task_type, params, listed, owner, gateway.views, gateway.settings.webui
+        )
 
 
 def _owner(gateway: Gateway, person: Person, job: Job) -> Person:

@@ -41,7 +41,7 @@ from services.inference.worker.pipelines.memory import (
 )
 from services.inference.worker.pipelines.models.components import Place
 from services.inference.worker.pipelines.painting import PaintingPlan, Studio
-from services.inference.worker.pipelines.params.painting import PLOT, SD_UPSCALE, script_of
+from services.inference.worker.pipelines.params.painting import script_of
 from services.inference.worker.pipelines.params.reading import Body, read_body
 from services.inference.worker.pipelines.pictures.files import Format
 from services.inference.worker.pipelines.pictures.previews import MEDIA_TYPE, Mixes
@@ -50,6 +50,7 @@ from services.inference.worker.pipelines.sd_upscale import SDUpscalePlan
 from services.inference.worker.settings import EngineOptions
 from shared.contracts.inference import RunJob
 from shared.logs import get_logger
+from shared.webui.body_names import PLOT, SD_UPSCALE
 
 log = get_logger(__name__)
 

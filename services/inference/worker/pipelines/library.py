@@ -28,6 +28,7 @@ from services.inference.worker.pipelines.prompts.encoding import Encodings
 from services.inference.worker.settings import EngineOptions
 from shared.contracts.inference import RunJob
 from shared.webui import titles
+from shared.weights.kinds import alias_of
 
 T = TypeVar("T")
 
@@ -173,7 +174,7 @@ class Shelved(msgspec.Struct, frozen=True):
             header = self.library.open(self.path, self.name).header
         except JobFailure:
             return ""
-        return header.metadata.get("ss_output_name", "")
+        return alias_of(header)
 
 
 class Models:

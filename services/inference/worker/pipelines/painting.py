@@ -72,7 +72,6 @@ from services.inference.worker.pipelines.pictures.infotext import (
 from services.inference.worker.pipelines.pictures.previews import Mixes
 from services.inference.worker.pipelines.prompts.encoding import Encoded, Words, words_in
 from services.inference.worker.pipelines.prompts.syntax import (
-    NETWORKS,
     BadPrompt,
     Network,
     Part,
@@ -86,6 +85,7 @@ from services.inference.worker.pipelines.sampling.samplers import Options, Run
 from services.inference.worker.pipelines.sampling.schedules import Sigmas
 from services.inference.worker.pipelines.stopwatch import Stopwatch
 from shared.contracts.inference import RunJob
+from shared.webui.body_names import NETWORKS
 from shared.webui.settings import WebuiSettings
 from shared.weights.kinds import REFINER, SDXL, describe, embedding_fits
 

@@ -25,12 +25,12 @@ from services.inference.worker.pipelines.sampling.names import (
     find_sampler,
 )
 from services.inference.worker.pipelines.sampling.schedules import Spread
+from shared.webui.body_names import PLOT, SD_UPSCALE
 from shared.webui.settings import WebuiSettings
-from shared.webui.styles import NO_STYLE, read_styles, styled, tidied, without_comments
+from shared.webui.styles import NO_STYLE, read_styles, written
 
-PLOT, SD_UPSCALE = "x/y/z plot", "sd upscale"
-"""The scripts that there are, by the webui's names in lower case."""
 SCRIPTS = {"txt2img": (PLOT,), "img2img": (PLOT, SD_UPSCALE)}
+"""That there are, by the webui's names in lower case."""
 LEAST_SIDE = 64
 HIGHEST_SEED = 2**64 - 1
 Side = Annotated[int, Meta(ge=LEAST_SIDE)]
@@ -361,20 +361,17 @@ def _with_styles(
     positive = [style.prompt for style in styles]
     negative = [style.negative_prompt for style in styles]
 
-    def written(prompt: str, additions: list[str]) -> str:
-        prompt = styled(prompt, additions)
-        if webui.webui_version == "1.7":
-            return tidied(prompt)
-        commented = params.override_settings.enable_prompt_comments
-        return without_comments(prompt) if commented else prompt
+    def rendered(prompt: str, additions: list[str]) -> str:
+        comments = params.override_settings.enable_prompt_comments
+        return written(prompt, additions, webui.webui_version, comments=comments)
 
     hr_prompt, hr_negative_prompt = params.hr_prompt, params.hr_negative_prompt
     return msgspec.structs.replace(
         params,
-        prompt=written(params.prompt, positive),
-        negative_prompt=written(params.negative_prompt, negative),
-        hr_prompt=hr_prompt and written(hr_prompt, positive),
-        hr_negative_prompt=hr_negative_prompt and written(hr_negative_prompt, negative),
+        prompt=rendered(params.prompt, positive),
+        negative_prompt=rendered(params.negative_prompt, negative),
+        hr_prompt=hr_prompt and rendered(hr_prompt, positive),
+        hr_negative_prompt=hr_negative_prompt and rendered(hr_negative_prompt, negative),
     )
 
 

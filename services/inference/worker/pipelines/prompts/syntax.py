@@ -18,6 +18,8 @@ from itertools import groupby, pairwise
 import msgspec
 import numpy as np
 
+from shared.webui.body_names import NETWORK, NETWORKS
+
 # Networks
 
 
@@ -36,16 +38,11 @@ class BadPrompt(ValueError):
     """The text says what is wrong, without quoting the prompt."""
 
 
-_NETWORK = re.compile(r"<(\w+):([^<>]+)>")
-NETWORKS = ("lora", "lyco")
-"""The kinds that act here."""
-
-
 def take_networks(prompt: str) -> tuple[str, list[Network]]:
     """The prompt without its `<kind:name:…>`, and what they say. Raises BadPrompt for one that acts
     here and has a weight that is no number."""
-    networks = [_network(found[1], found[2]) for found in _NETWORK.finditer(prompt)]
-    return _NETWORK.sub("", prompt), networks
+    networks = [_network(found[1], found[2]) for found in NETWORK.finditer(prompt)]
+    return NETWORK.sub("", prompt), networks
 
 
 def _network(kind: str, arguments: str) -> Network:
