@@ -97,6 +97,9 @@ def _list_members(opened: BinaryIO, file: CheckpointFile) -> list[Member]:
                 if any(other.filename == member.filename for other in members):
                     raise Unfit(f"{about} with two files named {member.filename}")
                 members.append(member)
+            opened.seek(archive.offset)
+            if any(opened.read(HEADER)):  # tarfile takes a header that it can't read for the end
+                raise Unfit(f"{about} that is damaged at byte {archive.offset}")
     except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
         raise Unfit(f"{about} that is damaged: {error}") from error
     if not members:

@@ -91,6 +91,8 @@ NEGATIVE.size = -1024
         (lambda: packed(special("folder", tarfile.DIRTYPE)), "without a model file in it"),
         (lambda: packed(*[plain(f"{n}.pt") for n in range(101)]), "more than 100 members"),
         (lambda: packed(plain("a.pt", b"x" * 2000))[:1800], "ends in the middle of a.pt"),
+        (lambda: packed(plain("a.pt"))[:1024] + b"garbage " * 64, "damaged at byte 1024"),
+        (lambda: packed(plain("a.pt"), plain("b.pt"))[:1300], "damaged at byte 1024"),
         (lambda: NEGATIVE.tobuf(tarfile.GNU_FORMAT) * 3, "an empty file"),
     ],
 )
