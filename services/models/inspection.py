@@ -36,8 +36,13 @@ async def look_at(files: FileStore, file: CheckpointFile, declared: str) -> Kind
     would run something, and Retry while the object store is away."""
     loop = asyncio.get_running_loop()
     reader = RangeReader(files, file.key, file.size, loop)
+    return await asyncio.to_thread(look_at_opened, cast(BinaryIO, reader), file, declared)
+
+
+def look_at_opened(opened: BinaryIO, file: CheckpointFile, declared: str) -> Kind:
+    """The same, of a file that can be read here."""
     try:
-        return await asyncio.to_thread(_look_at, reader, file, declared)
+        kind = _kind_of(opened, file, declared)
     except BrokenFile as error:
         raise Unfit(f"{file.filename}: {error}") from error
     except UnsafeFile as error:
@@ -45,22 +50,20 @@ async def look_at(files: FileStore, file: CheckpointFile, declared: str) -> Kind
             f"{file.filename} is a pickle that {error}; if you trust its author, convert it to"
             " .safetensors and upload that"
         ) from error
-
-
-def _look_at(reader: RangeReader, file: CheckpointFile, declared: str) -> Kind:
-    opened = cast(BinaryIO, reader)
-    start = opened.read(9)
-    if is_pickle(start):
-        kind = describe(read_pickle(opened).header)
-    elif declared == "rembg" and start[8:9] != b"{":
-        check_onnx(opened, file.size)
-        kind = Kind("rembg", "an ONNX model", format="onnx")
-    else:
-        kind = describe(read_header(opened, file.size))
     mismatch = find_mismatch(declared, kind)
     if mismatch:
         raise Unfit(f"{file.filename}: {mismatch}")
     return kind
+
+
+def _kind_of(opened: BinaryIO, file: CheckpointFile, declared: str) -> Kind:
+    start = opened.read(9)
+    if is_pickle(start):
+        return describe(read_pickle(opened).header)
+    if declared == "rembg" and start[8:9] != b"{":
+        check_onnx(opened, file.size)
+        return Kind("rembg", "an ONNX model", format="onnx")
+    return describe(read_header(opened, file.size))
 
 
 class RangeReader(io.RawIOBase):

@@ -1086,5 +1086,5 @@ def test_a_controlnet_may_not_ask_for_the_impossible(
     file = tmp_path / "huge.safetensors"
     tensors = tiny.controlnet_tensors(net, config, "original")
     tiny.save(file, tensors, {**config, "layers_per_block": 10**9})
-    with pytest.raises(JobFailure, match="layers_per_block is too much"):
+    with pytest.raises(JobFailure, match=r"<= 64 - at `\$.*layers_per_block`"):
         controlled(bench, path, {file: unit(file, photo())})

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 import sys
 import types
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -156,8 +157,11 @@ def load_upscaler(file: ModelFile, device: torch.device) -> Any:
         # A file that has the right names may make the library stumble anywhere.
         if isinstance(error, JobFailure) or is_out_of_memory(error):
             raise
-        line = next(iter(str(error).splitlines()), type(error).__name__)[:200]
-        raise JobFailure(f"broken checkpoint: {file.name}: {line}") from error
+        said = " ".join(str(error).split())
+        said = re.sub(r"^Error\(s\) in loading state_dict for \w+: ", "", said)[:200]
+        raise JobFailure(
+            f"broken checkpoint: {file.name}: its tensors make up no upscaler: {said}"
+        ) from error
     if not isinstance(model, spandrel.ImageModelDescriptor) or model.purpose not in (
         "SR",
         "Restoration",

@@ -2,6 +2,7 @@
 
 files.py         safetensors and scanned pickles: names, shapes, tensors
 families.py      the configs of each family, and of a file
+configs.py       what a config in a file's metadata may say
 layouts.py       diffusers' names of tensors -> those of the original files
 components.py    a UNet, a VAE, text encoders, a ControlNet, filled with the tensors of a file
 checkpoints.py   whole checkpoints

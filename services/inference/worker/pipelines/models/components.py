@@ -328,17 +328,20 @@ def _fill(
     place: Place,
 ) -> Any:
     """The model with these tensors for its parameters, on its place."""
-    with init_empty_weights(include_buffers=False):
-        model = build()
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = build()
+    except ValueError as error:  # what the libraries find in a config, in their words
+        raise _WrongTensors(f"can't be built from its config: {error}") from error
     given: dict[str, Tensor] = {}
     missing: list[str] = []
     for name, wanted in model.state_dict().items():
         if name.endswith("position_ids"):
             continue
-        source = source_of(name)
         try:
+            source = source_of(name)
             tensor = source.cut(tensors[source.name])
-        except KeyError:
+        except (KeyError, IndexError):  # a layer that no file has, or a tensor without rows
             missing.append(name)
             continue
         if tensor.shape != wanted.shape:
@@ -349,6 +352,9 @@ def _fill(
                     f" {got} where {needed} belongs"
                 )
             tensor = tensor.reshape(wanted.shape)  # 1x1 convolutions and matrices
+        if not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise _WrongTensors(f"has {name} in {kind} and not in floating point numbers")
         given[name] = tensor.to(place.device, place.dtype)
     if missing:
         raise _WrongTensors(f"lacks {len(missing)} tensors, {missing[0]} among them")

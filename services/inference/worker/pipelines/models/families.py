@@ -13,6 +13,11 @@ from typing import Any
 import msgspec
 
 from services.inference.worker.pipelines import JobFailure
+from services.inference.worker.pipelines.models.configs import (
+    CheckpointConfig,
+    ControlNetConfig,
+    read_config,
+)
 from shared.weights.headers import Header
 from shared.weights.kinds import FAMILIES, REFINER, SD1, SD2, SDXL, UNET, Kind, recognise
 
@@ -196,77 +201,19 @@ def _prediction(header: Header) -> dict[str, Any]:
     }
 
 
-# Configs of strangers
-
-MOST = 100_000
-"""No size in a config is larger; the vocabulary has 49,408 words."""
-_COUNTS = {"layers_per_block", "transformer_layers_per_block", "num_hidden_layers"}
-"""What building a model loops over; everything else is settled by the shapes of the tensors."""
-_ALSO_KNOWN = {
-    "unet": {
-        "act_fn",
-        "addition_embed_type",
-        "addition_time_embed_dim",
-        "center_input_sample",
-        "downsample_padding",
-        "flip_sin_to_cos",
-        "freq_shift",
-        "mid_block_scale_factor",
-        "only_cross_attention",
-        "projection_class_embeddings_input_dim",
-        "time_cond_proj_dim",
-        "transformer_layers_per_block",
-        "upcast_attention",
-        "use_linear_projection",
-    },
-    "vae": {"act_fn", "force_upcast"},
-    "text_encoder": {"attention_dropout", "initializer_factor", "initializer_range"},
-}
-
-
 def _own_configs(text: str, standard: Configs, name: str) -> Configs:
-    try:
-        configs = msgspec.json.decode(text, type=Configs)
-    except msgspec.DecodeError as error:
-        raise JobFailure(f"broken checkpoint: darkroom.config in {name}: {error}") from None
-    kept: dict[str, Any] = {}
-    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
-        config, usual = getattr(configs, part), getattr(standard, part)
-        if (config is None) != (usual is None):
+    config = read_config(text, CheckpointConfig, name)
+    for part in ("text_encoder", "text_encoder_2"):
+        if (config.get(part) is None) != (getattr(standard, part) is None):
             raise JobFailure(
                 f"broken checkpoint: darkroom.config in {name}: {part} is not expected"
-                f" to be {'missing' if usual else 'there'}"
+                f" to be {'missing' if getattr(standard, part) else 'there'}"
             )
-        if config is not None:
-            kept[part] = _only_known(config, usual, part.removesuffix("_2"))
-            _check_sizes(kept[part], name)
-    scheduler = {key: configs.scheduler.get(key, value) for key, value in _SCHEDULER.items()}
-    return msgspec.structs.replace(configs, scheduler=scheduler, **kept)
+    scheduler = {**_SCHEDULER, **config["scheduler"]}
+    return msgspec.convert({**config, "scheduler": scheduler}, Configs)
 
 
-def controlnet_config(header: Header, name: str) -> dict[str, Any] | None:
+def controlnet_config(header: Header, name: str) -> Mapping[str, Any] | None:
     """Of one of another size than the published ones. Raises JobFailure."""
     text = header.metadata.get("darkroom.config")
-    if text is None:
-        return None
-    try:
-        config = msgspec.json.decode(text, type=dict[str, Any])
-    except msgspec.DecodeError as error:
-        raise JobFailure(f"broken checkpoint: darkroom.config in {name}: {error}") from None
-    _check_sizes(config, name)
-    return config
-
-
-def _only_known(config: Mapping[str, Any], usual: Mapping[str, Any], part: str) -> dict[str, Any]:
-    """Without any key that these families do not need: some make the libraries look for code."""
-    return {key: value for key, value in config.items() if key in usual or key in _ALSO_KNOWN[part]}
-
-
-def _check_sizes(config: Mapping[str, Any], name: str) -> None:
-    for key, value in config.items():
-        numbers = value if isinstance(value, list) else [value]
-        counts = key in _COUNTS and not all(
-            isinstance(number, int) and 1 <= number <= 64 for number in numbers
-        )
-        if counts or any(isinstance(number, int) and number > MOST for number in numbers):
-            raise JobFailure(f"broken checkpoint: darkroom.config in {name}: {key} is too much")
+    return None if text is None else read_config(text, ControlNetConfig, name)

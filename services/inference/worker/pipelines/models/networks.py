@@ -50,6 +50,7 @@ _OF_UNETS = re.compile(
     r"|middle_block|output_blocks|time_embed|label_emb|out)\."
 )
 _COMMON = {"alpha", "scale", "diff_b", "b_norm"}
+_NUMBERS = {"alpha", "scale", "on_input"}
 _DORA = {"dora_scale", "lora_magnitude_vector"}
 _FORMS: tuple[tuple[set[str], set[str]], ...] = (
     ({"lora_up.weight", "lora_down.weight"}, {"lora_mid.weight"}),
@@ -123,9 +124,15 @@ class NetworkFile:
                 f" {len(useless)} of its tensors have no use, the {part} of {module} among them"
             )
         for module, parts in self.modules.items():
-            for part in ("alpha", "scale", "on_input"):
-                if part in parts and parts[part].numel() != 1:
-                    raise JobFailure(f"{name}: the {part} of {module} is not one number")
+            for part, tensor in parts.items():
+                if part in _NUMBERS:
+                    if tensor.numel() != 1 or tensor.is_complex():
+                        raise JobFailure(f"{name}: the {part} of {module} is not one number")
+                elif not tensor.is_floating_point():
+                    raise JobFailure(
+                        f"{name}: the {part} of {module} is in {str(tensor.dtype)[6:]} and not in"
+                        " floating point numbers"
+                    )
 
     def embedding(self, word: str, name: str) -> Embedding:
         """One that it brings with it. `name`: for the reason. Raises JobFailure for what is no
