@@ -17,6 +17,10 @@ TENSORS: dict[str, dict[str, tuple[int, ...]]] = {
     "VAE": {"decoder.conv_in.weight": (4, 4, 3, 3)},
     "ControlNet": {"input_hint_block.0.weight": (4, 3, 3, 3)},
     "embeddings": {"emb_params": (2, 768)},
+    "FaceRestoration": {
+        "toRGB.0.weight": (3, 4, 1, 1),
+        "stylegan_decoder.style_mlp.1.weight": (4, 4),
+    },
     "Upscaler": {},
 }
 """What makes a file one of a type."""

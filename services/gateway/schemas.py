@@ -34,6 +34,7 @@ CheckpointType = Literal[
     "ControlNet",
     "hypernetworks",
     "Upscaler",
+    "FaceRestoration",
     "rembg",
 ]
 InferenceType = Literal["Async", "Real-time"]

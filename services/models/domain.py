@@ -30,6 +30,7 @@ CHECKPOINT_TYPES = (
     "hypernetworks",
     "rembg",
     "Upscaler",
+    "FaceRestoration",
 )
 
 INITIAL, ACTIVE, DISABLED, FAILED = "Initial", "Active", "Disabled", "Failed"
@@ -288,7 +289,14 @@ def check_parts(
 
 # What files are.
 
-_KNOWN_BY_CONTENT = ("Stable-diffusion", "Lora", "VAE", "embeddings", "ControlNet")
+_KNOWN_BY_CONTENT = (
+    "Stable-diffusion",
+    "Lora",
+    "VAE",
+    "embeddings",
+    "ControlNet",
+    "FaceRestoration",
+)
 """Types of which every file tells by its tensors that it is one."""
 
 

@@ -20,9 +20,13 @@ UNET = "model.diffusion_model."
 _XL_TEXT = ("conditioner.embedders.0.", "conditioner.embedders.1.")
 
 
+GFPGAN, RESTOREFORMER, CODEFORMER = "GFPGAN", "RestoreFormer", "CodeFormer"
+"""Families of models that restore faces."""
+
+
 class Kind(msgspec.Struct, frozen=True, omit_defaults=True):
-    """`type`: of ESD's types of checkpoints; empty where it is none of them. `title` says it in
-    words. `family` is empty where it is of none, or of one that is not known here. `format`:
+    """`type`: of the registry's types of checkpoints; empty where it is none of them. `title` says
+    it in words. `family` is empty where it is of none, or of one that is not known here. `format`:
     safetensors, pickle or onnx.
 
     `inpainting`: its UNet is also given a mask and a picture. `precision`: of most of its numbers,
@@ -59,7 +63,7 @@ def describe(header: Header) -> Kind:
 
 def recognise(header: Header) -> Kind:
     """What it is and of which family."""
-    for found in (_other_kind(header), _part(header), _embedding(header)):
+    for found in (_faces(header), _other_kind(header), _part(header), _embedding(header)):
         if found is not None:
             return found
     if not _begins(header, UNET + "input_blocks.0.0."):
@@ -133,6 +137,20 @@ def _other_kind(header: Header) -> Kind | None:
     if _begins(header, "down_blocks.0.") and _has(header, "attn2"):
         title = "a UNet in diffusers' own layout and not a single-file checkpoint"
         return Kind("Stable-diffusion", title)
+    return None
+
+
+_OF_FACES = {
+    GFPGAN: {"toRGB.0.weight", "stylegan_decoder.style_mlp.1.weight"},
+    RESTOREFORMER: {"quantize.embedding.weight", "quant_conv.weight", "encoder.conv_in.weight"},
+    CODEFORMER: {"quantize.embedding.weight", "position_emb", "encoder.blocks.0.weight"},
+}
+
+
+def _faces(header: Header) -> Kind | None:
+    for family, names in _OF_FACES.items():
+        if names <= header.tensors.keys():
+            return Kind("FaceRestoration", f"a {family} model that restores faces", family)
     return None
 
 

@@ -29,6 +29,7 @@ from shared.weights.onnx import check_onnx
 from shared.weights.pickles import MAX_PICKLE, read_pickle
 from tests.weights import TENSORS, weights, with_header
 
+QUANT_CONV = "quant_conv.weight"
 LORA = "lora_unet_down_blocks_0_attentions_0_attn2_to_k.lora_down.weight"
 
 
@@ -499,6 +500,21 @@ def test_a_lora_has_the_alias_that_its_author_wrote_down(written: str, alias: st
     assert describe(Header(tensors, {"ss_output_name": written})).alias == alias
     embedding = {"emb_params": TensorSpec("F16", (2, 768))}
     assert describe(Header(embedding, {"ss_output_name": "x"})).alias == ""
+
+
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [
+        ("GFPGAN", ["toRGB.0.weight", "stylegan_decoder.style_mlp.1.weight"]),
+        # A VAE has the first name of this one, too.
+        ("RestoreFormer", ["encoder.conv_in.weight", "quantize.embedding.weight", QUANT_CONV]),
+        ("CodeFormer", ["encoder.blocks.0.weight", "quantize.embedding.weight", "position_emb"]),
+    ],
+)
+def test_models_that_restore_faces_are_told_apart(family: str, names: list[str]) -> None:
+    kind = describe(Header({name: TensorSpec("F32", (4, 4)) for name in names}))
+    assert (kind.type, kind.family) == ("FaceRestoration", family)
+    assert kind.title == f"a {family} model that restores faces"
 
 
 def test_all_that_a_file_tells_is_told() -> None:

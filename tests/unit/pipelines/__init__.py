@@ -13,6 +13,7 @@ test_sampling.py    sampling/
 test_pictures.py    pictures/
 test_hints.py       hints.py
 test_painting.py    txt2img and img2img from body to picture
+test_faces.py       faces.py: found, restored, put back
 test_sd_upscale.py  the script "SD upscale"
 test_enlarging.py   extra-single-image, extra-batch-images
 test_cutting.py     rembg

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from services.inference.worker.pipelines import enlarging
 from services.inference.worker.pipelines.models import layouts
+from services.inference.worker.pipelines.models.image_models import import_spandrel
 from tests.unit.pipelines.easel import DEMO
 
 CONFIGS: dict[str, Any] = {
@@ -147,19 +147,29 @@ def write_controlnet_names(path: Path) -> Path:
 
 def esrgan_tensors(scale: int = 4) -> dict[str, Tensor]:
     """One block with a few filters, that adds some noise of its own."""
-    architecture = enlarging._import_spandrel().architectures.ESRGAN.ESRGAN
+    architecture = import_spandrel().architectures.ESRGAN.ESRGAN
     torch.manual_seed(0)
     return dict(architecture(num_filters=8, num_blocks=1, scale=scale).state_dict())
 
 
 def compact_tensors(scale: int = 2, channels: int = 3) -> dict[str, Tensor]:
     """Repeats each pixel, and adds what a few random convolutions say."""
-    architecture = enlarging._import_spandrel().architectures.Compact.Compact
+    architecture = import_spandrel().architectures.Compact.Compact
     torch.manual_seed(0)
     network = architecture(
         num_in_ch=channels, num_out_ch=channels, num_feat=8, num_conv=2, upscale=scale
     )
     return dict(network.state_dict())
+
+
+GFPGAN_SIZE = {"narrow": 1 / 32, "num_style_feat": 16, "num_mlp": 2}
+"""Of one that draws a face in a third of a second; spandrel knows one size only."""
+
+
+def gfpgan_tensors() -> dict[str, Tensor]:
+    architecture = import_spandrel().architectures.GFPGAN.GFPGAN
+    torch.manual_seed(0)
+    return dict(architecture(**GFPGAN_SIZE).state_dict())
 
 
 def write_brightness(path: Path) -> Path:

@@ -144,6 +144,7 @@ BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "override_settings.s_tmax": (0, None),
     "override_settings.s_tmin": (0, 1000),
     "override_settings.CLIP_stop_at_last_layers": (1, 12),
+    "override_settings.code_former_weight": (0, 1),
     "override_settings.comma_padding_backtrack": (0, 74),
     "override_settings.eta_ancestral": (0, 10),
     "override_settings.eta_ddim": (0, 10),
@@ -447,7 +448,7 @@ def test_what_asks_for_nothing_however_it_is_written_is_passed_over() -> None:
         alwayson_scripts={"controlnet": {"args": [{"enabled": "False", "model": "x"}]}},
     )
     assert warnings == []
-    assert read(restore_faces="True")[1] == ["restore_faces: no effect here"]
+    assert read(save_images="True")[1] == ["save_images: no effect here"]
 
 
 def test_what_asks_for_nothing_is_passed_over() -> None:
@@ -477,7 +478,6 @@ def test_what_asks_for_nothing_is_passed_over() -> None:
             {"styles": ["anime"]},
             'styles "anime": no effect, this deployment has no style of that name',
         ),
-        ({"restore_faces": True}, "restore_faces: no effect here"),
         ({"send_images": False}, "send_images: no effect here"),
         ({"units": []}, "units: no effect here"),
         ({"x" * 500: 1}, "x" * 59 + "…: no effect here"),
@@ -1075,9 +1075,9 @@ def test_bodies_of_extras_are_read() -> None:
         params, warnings = parse_enlarging(given, WebuiSettings(), task_type)
         assert warnings == [f"{other}: no effect here"]
         assert [*params.pictures(task_type).values()] == ["y" if other == "image" else "x"]
-    asked = {"gfpgan_visibility": 0.5, "codeformer_visibility": 0}
-    _, warnings = parse_enlarging(asked, WebuiSettings())
-    assert "faces are not restored here" in warnings
+    asked = {"gfpgan_visibility": 0.5, "upscale_first": True}
+    params, warnings = parse_enlarging(asked, WebuiSettings())
+    assert (params.gfpgan_visibility, params.codeformer_visibility, warnings) == (0.5, 0, [])
 
 
 @pytest.mark.parametrize(

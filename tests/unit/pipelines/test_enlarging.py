@@ -18,6 +18,7 @@ from torch import Tensor
 from services.inference.worker.pipelines import JobFailure, enlarging
 from services.inference.worker.pipelines.enlarging import EnlargingPlan
 from services.inference.worker.pipelines.models.files import ModelFile
+from services.inference.worker.pipelines.models.image_models import load_image_model
 from services.inference.worker.pipelines.pictures.files import Format
 from shared.webui.settings import WebuiSettings
 from tests.unit.pipelines import small
@@ -188,7 +189,7 @@ def test_a_model_is_what_spandrel_makes_of_it(enlarge: Enlarge, models: dict[str
     for name, scale in (("esrgan", 4), ("compact", 2)):
         path = models[name][2]
         with torch.no_grad():
-            wanted = enlarging.load_upscaler(ModelFile(path, name), CPU)(pixels)[0]
+            wanted = load_image_model(ModelFile(path, name), CPU)(pixels)[0]
         levels = (wanted * 255).round().permute(1, 2, 0).numpy()
         done = enlarge(scene(), upscaler_1=name, upscaling_resize=scale)
         assert abs(done.pixels - levels).max() <= 1

@@ -6,6 +6,7 @@ Files
   plotting.py    the script "X/Y/Z plot"
   sd_upscale.py  the script "SD upscale"
   enlarging.py   extra-single-image, extra-batch-images
+  faces.py       faces found and restored
   cutting.py     rembg
   controlling.py ControlNet: hints from pictures (`hints.py`), and how they act
   compiling.py   UNets compiled ahead for some shapes

@@ -1,14 +1,12 @@
 """extra-single-image, extra-batch-images: pictures enlarged, by interpolation or by an upscaler of
-the registry."""
+the registry, and their faces restored.
+"""
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import re
-import sys
-import types
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +24,8 @@ from services.inference.worker.pipelines import (
     ResultImage,
     Work,
 )
+from services.inference.worker.pipelines.faces import find_face_restorer
 from services.inference.worker.pipelines.library import Library, Models, receipt
-from services.inference.worker.pipelines.memory import is_out_of_memory
 from services.inference.worker.pipelines.models.files import ModelFile
 from services.inference.worker.pipelines.params.enlarging import (
     BATCH,
@@ -45,6 +43,7 @@ from services.inference.worker.pipelines.pictures.infotext import fields_text, p
 from services.inference.worker.pipelines.stopwatch import Stopwatch
 from shared.contracts.inference import RunJob
 from shared.webui.settings import WebuiSettings
+from shared.weights.kinds import CODEFORMER, GFPGAN
 
 UPSCALER = "Upscaler"
 MOST_ON_THE_WAY = 400_000_000
@@ -74,7 +73,7 @@ class Upscaler(msgspec.Struct, frozen=True, eq=False):
         be, to which they are rounded down."""
         width, height = enlarged_size(picture.size, factor, multiple)
         if self.file is not None:
-            model = self._model(self.file)
+            model = load_upscaler(self.file, self.library)
             passes = _passes(factor, int(model.scale))
             for number in range(passes):
                 if picture.width >= width and picture.height >= height:
@@ -104,14 +103,6 @@ class Upscaler(msgspec.Struct, frozen=True, eq=False):
                 f" large: {pixels // 1_000_000} million pixels, allowed are"
                 f" {MOST_ON_THE_WAY // 1_000_000} million"
             )
-
-    def _model(self, file: ModelFile) -> Any:
-        return self.library.on_device.get(
-            ("upscaler", file.identity()),
-            file.size,
-            lambda: load_upscaler(file, self.library.place.device),
-            lambda upscaler: upscaler.model.parameters(),
-        )
 
 
 def enlarged_size(size: tuple[int, int], factor: float, multiple: int = 1) -> tuple[int, int]:
@@ -144,49 +135,12 @@ def find_upscaler(
     return Upscaler(found.stem, library, file=library.open(found.path, found.name))
 
 
-def load_upscaler(file: ModelFile, device: torch.device) -> Any:
-    """Whatever spandrel knows by its tensors that enlarges pictures (ESRGAN and its kin, SwinIR,
-    …). Raises JobFailure."""
-    spandrel = _import_spandrel()
-    try:
-        tensors = spandrel.canonicalize_state_dict(file.read())
-        model = spandrel.ModelLoader(device).load_from_state_dict(tensors)
-    except spandrel.UnsupportedModelError:
-        raise JobFailure(f"{file.name} is no upscaler of a form that is known here") from None
-    except Exception as error:
-        # A file that has the right names may make the library stumble anywhere.
-        if isinstance(error, JobFailure) or is_out_of_memory(error):
-            raise
-        said = " ".join(str(error).split())
-        said = re.sub(r"^Error\(s\) in loading state_dict for \w+: ", "", said)[:200]
-        raise JobFailure(
-            f"broken checkpoint: {file.name}: its tensors make up no upscaler: {said}"
-        ) from error
-    if not isinstance(model, spandrel.ImageModelDescriptor) or model.purpose not in (
-        "SR",
-        "Restoration",
-    ):
+def load_upscaler(file: ModelFile, library: Library) -> Any:
+    """Of ESRGAN and its kin, SwinIR, …: whatever enlarges pictures. Raises JobFailure."""
+    model = library.image_model(file)
+    if model.purpose not in ("SR", "Restoration"):
         raise JobFailure(f"{file.name} ({model.architecture.name}) does not enlarge pictures")
-    if (model.input_channels, model.output_channels) != (3, 3):
-        raise JobFailure(f"{file.name} is for pictures without colors")
-    return model.eval()
-
-
-def _import_spandrel() -> Any:
-    """spandrel imports torchvision for two architectures that enlarge nothing. Its wheels fit one
-    build of torch each, so it is not installed: an empty one stands in."""
-    if "spandrel" not in sys.modules and importlib.util.find_spec("torchvision") is None:
-        names = ("torchvision", "torchvision.transforms", "torchvision.transforms.functional")
-        stand_ins = [types.ModuleType(name) for name in names]
-        for name in ("InterpolationMode", "rotate", "normalize"):
-            setattr(stand_ins[-1], name, None)
-        sys.modules |= zip(names, stand_ins, strict=True)
-        try:
-            return importlib.import_module("spandrel")
-        finally:
-            for name in names:
-                del sys.modules[name]
-    return importlib.import_module("spandrel")
+    return model
 
 
 def _resized(
@@ -321,6 +275,19 @@ class EnlargingPlan:
         pixels = sum(p.width * p.height * factor**2 for p, factor in sizes)
         if self.batch and pixels > RESULTS_IN_ALL * most:
             raise _too_many_pixels("results", pixels, RESULTS_IN_ALL * most)
+        self.face_restorers = [
+            (find_face_restorer(name, field, self.models, library, weight), visibility)
+            for name, field, visibility, weight in (
+                (GFPGAN, "gfpgan_visibility", self.params.gfpgan_visibility, 0.0),
+                (
+                    CODEFORMER,
+                    "codeformer_visibility",
+                    self.params.codeformer_visibility,
+                    self.params.codeformer_weight,
+                ),
+            )
+            if visibility > 0
+        ]
 
     def work(self, report: Report) -> Work:
         watch, text = Stopwatch(), fields_text(self._fields())
@@ -328,7 +295,9 @@ class EnlargingPlan:
         for number in range(len(self.pictures)):
             with watch.stage("render"):
                 picture = yield from self._by_all(number, report)
-                picture.info = dict(self.pictures[number].info)  # models know of no color profile
+            with watch.stage("restore"):
+                picture = yield from self._with_restored_faces(picture, number)
+            picture.info = dict(self.pictures[number].info)  # models know of no color profile
             with watch.stage("save"):
                 notes = {**self.notes[number], "postprocessing": text}
                 image, warnings = result_image(f"image_{number}", picture, notes, self.format)
@@ -371,6 +340,16 @@ class EnlargingPlan:
             enlarged = enlarged.crop((left, top, left + size[0], top + size[1]))
         return enlarged
 
+    def _with_restored_faces(
+        self, picture: Image.Image, number: int
+    ) -> Generator[Any, Any, Image.Image]:
+        for restorer, visibility in self.face_restorers:
+            ((restored, count),) = yield Aside([partial(restorer.restore, picture)])
+            picture = Image.blend(picture, restored, visibility)
+            if not count:
+                self.warnings.append(f"{restorer.name}: no face was found in image_{number}")
+        return picture
+
     def _fields(self) -> dict[str, object]:
         params = self.params
         size = f"{params.upscaling_resize_w}x{params.upscaling_resize_h}"
@@ -381,6 +360,9 @@ class EnlargingPlan:
             "Postprocess crop to": size if to_size and params.upscaling_crop else None,
             "Postprocess upscaler": self.upscalers[0].name,
             "Postprocess upscaler 2": self.upscalers[1].name if len(self.upscalers) > 1 else None,
+            "GFPGAN visibility": params.gfpgan_visibility or None,
+            "CodeFormer visibility": params.codeformer_visibility or None,
+            "CodeFormer weight": params.codeformer_weight if params.codeformer_visibility else None,
         }
 
 

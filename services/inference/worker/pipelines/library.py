@@ -21,6 +21,7 @@ from services.inference.worker.pipelines.models.checkpoints import Checkpoint, s
 from services.inference.worker.pipelines.models.components import Place
 from services.inference.worker.pipelines.models.embeddings import Embedding
 from services.inference.worker.pipelines.models.files import ModelFile, identity_of
+from services.inference.worker.pipelines.models.image_models import load_image_model
 from services.inference.worker.pipelines.models.networks import NetworkFile
 from services.inference.worker.pipelines.models.parts import Parts
 from services.inference.worker.pipelines.models.shelf import Shelf
@@ -118,6 +119,17 @@ class Library:
             Embedding.tensors,
         )
 
+    def image_model(self, file: ModelFile) -> Any:
+        """An upscaler, or what restores faces: a descriptor of spandrel's."""
+        return self._keep(
+            self.on_device,
+            "image model",
+            file,
+            file.size,
+            lambda: load_image_model(file, self.place.device),
+            lambda loaded: loaded.model.parameters(),
+        )
+
     def _keep(
         self,
         shelf: Shelf,
@@ -134,7 +146,7 @@ class Library:
 
     @property
     def loaded(self) -> list[str]:
-        """The names of checkpoints, VAEs, ControlNets, networks and embeddings that are kept."""
+        """The names of the models that are kept."""
         shelves = self.on_device, self.in_memory
         self._names = {
             key: name for key, name in self._names.items() if any(key in shelf for shelf in shelves)

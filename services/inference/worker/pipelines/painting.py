@@ -42,6 +42,11 @@ from services.inference.worker.pipelines.denoising import (
     together,
 )
 from services.inference.worker.pipelines.enlarging import Upscaler, find_upscaler
+from services.inference.worker.pipelines.faces import (
+    FACE_RESTORATION,
+    FaceRestorer,
+    find_face_restorer,
+)
 from services.inference.worker.pipelines.library import Library, Models, Shelved, receipt
 from services.inference.worker.pipelines.models.checkpoints import Checkpoint, set_tiling
 from services.inference.worker.pipelines.models.components import tokenizer
@@ -178,6 +183,16 @@ class PaintingPlan:
             self.upscaler = find_upscaler(
                 self.params.hr_upscaler, "hr_upscaler", self.models, library, [*LATENT_UPSCALERS]
             )
+        self.face_restorer: FaceRestorer | None = None
+        if self.params.restores_faces:
+            settings = self.params.override_settings
+            self.face_restorer = find_face_restorer(
+                settings.face_restoration_model,
+                "restore_faces",
+                self.models,
+                library,
+                settings.code_former_weight,
+            )
         self.controls = Controls(self.params.units, self.models, library, self.kind.family)
         self.warnings += self._unused()
         self.key = (
@@ -281,6 +296,7 @@ class PaintingPlan:
         hints = {
             LORA: "the prompt does not name it, as in <lora:NAME:1>",
             EMBEDDING: "no prompt names it",
+            FACE_RESTORATION: "the body does not say restore_faces",
         }
         return [
             f"{model.type} {model.name}: not used" + f" ({hint})" * bool(hint)
@@ -375,6 +391,7 @@ class Painting:
         self.extra: dict[str, object] = {}
         """What the infotext says beside the usual fields."""
         self._source = Source()
+        self._found_faces = False
         self._steps_before = 0
 
     def work(self) -> Work:
@@ -409,6 +426,8 @@ class Painting:
 
     def _result(self, images: list[ResultImage], info: dict[str, Any]) -> Result:
         plan, params = self.plan, self.params
+        if plan.face_restorer is not None and not self._found_faces:
+            self._warn("restore_faces: no face was found")
         answer = param_json(
             printable({**plan.raw, "seed": params.seed, "subseed": params.subseed}),
             info,
@@ -1050,7 +1069,11 @@ class Painting:
 
     def _finished(self, latents: Tensor, source: Source) -> Image.Image:
         """Of one picture: what was rendered, without what is laid over it."""
-        return self.plan.controls.finish(self._decode(latents), source)
+        picture = self.plan.controls.finish(self._decode(latents), source)
+        if self.plan.face_restorer is not None:
+            picture, count = self.plan.face_restorer.restore(picture)
+            self._found_faces |= count > 0
+        return picture
 
     def _with_grid(
         self,
@@ -1091,6 +1114,7 @@ class Painting:
             "Sampler": params.sampler.name,
             "CFG scale": params.cfg_scale,
             "Seed": seed,
+            "Face restoration": plan.face_restorer.name if plan.face_restorer else None,
             "Size": f"{params.width}x{params.height}",
             "Model hash": self._hash(plan.checkpoint)[:10] if hashes else None,
             "Model": plan.checkpoint.stem if names else None,
@@ -1222,8 +1246,8 @@ class Painting:
             "cfg_scale": params.cfg_scale,
             "steps": params.steps,
             "batch_size": count // params.n_iter,
-            "restore_faces": False,
-            "face_restoration_model": None,
+            "restore_faces": plan.face_restorer is not None,
+            "face_restoration_model": plan.face_restorer.name if plan.face_restorer else None,
             "sd_model_name": plan.checkpoint.stem,
             "sd_model_hash": self._hash(plan.checkpoint)[:10],
             "sd_vae_name": plan.vae.name if plan.vae else None,

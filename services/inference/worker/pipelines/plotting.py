@@ -43,6 +43,7 @@ from services.inference.worker.pipelines.pictures.infotext import fields_text, p
 from services.inference.worker.pipelines.stopwatch import Stopwatch
 from shared.contracts.inference import RunJob
 from shared.webui.values import as_flag, as_whole
+from shared.weights.kinds import CODEFORMER, GFPGAN
 
 SEEDS = ("Seed", "Var. seed")
 
@@ -104,6 +105,14 @@ def _add_styles(body: Body, value: str, _: list[Any]) -> None:
     body["styles"] = [*body.get("styles", []), *value.split(",")]
 
 
+def _restore_faces(body: Body, value: str, values: list[Any]) -> None:
+    """By a model, or whether at all."""
+    model = {"gfpgan": GFPGAN, "codeformer": CODEFORMER}.get(value.lower())
+    if model:
+        _setting("face_restoration_model")(body, model, values)
+    body["restore_faces"] = bool(model) or value.lower() in ("true", "yes", "y", "1")
+
+
 def _truth(text: str) -> bool:
     """Raises ValueError."""
     value = as_flag(text)
@@ -147,7 +156,7 @@ AXES = (
     Axis("VAE", str, _setting("sd_vae"), chosen=True),
     Axis("Styles", str, _add_styles, chosen=True),
     Axis("UniPC Order", int, _setting("uni_pc_order")),
-    Axis("Face restore", str, _field("restore_faces"), named=False),
+    Axis("Face restore", str, _restore_faces, named=False),
     Axis("Token merging ratio", float, _setting("token_merging_ratio")),
     Axis("Token merging ratio high-res", float, _setting("token_merging_ratio_hr")),
     Axis(

@@ -26,7 +26,8 @@ class FileData(msgspec.Struct, frozen=True, kw_only=True):
 class EnlargingParams(msgspec.Struct, frozen=True, kw_only=True):
     """`image` belongs to extra-single-image, `imageList` to extra-batch-images. `resize_mode` 0:
     by `upscaling_resize`; 1: to `upscaling_resize_w` x `upscaling_resize_h`, cropped to that if
-    `upscaling_crop`. `upscaler_2` is blended in with its visibility."""
+    `upscaling_crop`. `upscaler_2` is blended in with its visibility. Then faces are restored, by
+    each of two models with its own visibility. `codeformer_weight`: 0 for its greatest effect."""
 
     image: str = ""
     imageList: list[FileData] = []
@@ -38,6 +39,9 @@ class EnlargingParams(msgspec.Struct, frozen=True, kw_only=True):
     upscaler_1: str = "None"
     upscaler_2: str = "None"
     extras_upscaler_2_visibility: Share = 0.0
+    gfpgan_visibility: Share = 0.0
+    codeformer_visibility: Share = 0.0
+    codeformer_weight: Share = 0.0
 
     def pictures(self, task_type: str) -> dict[str, str]:
         """Field -> picture in base64."""
@@ -49,11 +53,8 @@ class EnlargingParams(msgspec.Struct, frozen=True, kw_only=True):
 _HARMLESS: dict[str, tuple[object, ...]] = {
     "image": ("",),
     "imageList": ([],),
-    "codeformer_visibility": (0,),
-    "codeformer_weight": (0,),
-    "gfpgan_visibility": (0,),
     "show_extras_results": (True, False),
-    "upscale_first": (False,),
+    "upscale_first": (True, False),
 }
 
 
@@ -65,7 +66,4 @@ def parse_enlarging(
     params = convert(raw, EnlargingParams, most=most)
     known = {field.name for field in msgspec.structs.fields(EnlargingParams)}
     known.remove("image" if task_type == BATCH else "imageList")
-    warnings = ignored(raw, _HARMLESS, known)
-    if raw.get("gfpgan_visibility") or raw.get("codeformer_visibility"):
-        warnings.append("faces are not restored here")
-    return params, warnings
+    return params, ignored(raw, _HARMLESS, known)

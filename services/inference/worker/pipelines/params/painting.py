@@ -58,12 +58,15 @@ class OverrideSettings(msgspec.Struct, frozen=True, kw_only=True):
     add_model_name_to_info: bool = True
     add_version_to_infotext: bool = True
     always_discard_next_to_last_sigma: bool = False
+    code_former_weight: Share = 0.5
     comma_padding_backtrack: Annotated[int, Meta(ge=0, le=74)] = 20
     enable_pnginfo: bool = True
     enable_prompt_comments: bool = True
     eta_ancestral: Eta | None = None
     eta_ddim: Eta | None = None
     eta_noise_seed_delta: Seed = 0
+    face_restoration: bool = False
+    face_restoration_model: str = ""
     hires_fix_refiner_pass: Literal["first pass", "second pass", "both passes"] = "second pass"
     img2img_background_color: str = "#ffffff"
     img2img_extra_noise: Share = 0.0
@@ -127,6 +130,7 @@ class PaintingParams(msgspec.Struct, frozen=True, kw_only=True):
     disable_extra_networks: bool = False
     do_not_save_grid: bool = False
     override_settings: OverrideSettings = OverrideSettings()
+    restore_faces: bool | None = None
     refiner_checkpoint: str = ""
     refiner_switch_at: Share | None = None
     script_name: str = ""
@@ -173,6 +177,12 @@ class PaintingParams(msgspec.Struct, frozen=True, kw_only=True):
         if not self.hr_sampler_name or self.hr_sampler_name == "Use same sampler":
             return self.sampler
         return _sampler(self.hr_sampler_name, "hr_sampler_name", self.scheduler)
+
+    @property
+    def restores_faces(self) -> bool:
+        """`restore_faces`, or what the settings say where a body leaves it out."""
+        given = self.restore_faces
+        return self.override_settings.face_restoration if given is None else given
 
     def spread(self, sampler: Sampler) -> Spread:
         """How the levels of a run are spread: the sampler's own way, but for what is overridden.
@@ -249,11 +259,11 @@ _HARMLESS: dict[str, tuple[object, ...]] = {
     "infotext": ("",),
     "latent_mask": ("",),
     "override_settings_restore_afterwards": (True, False),
-    "restore_faces": (False,),
     "save_images": (False,),
     "send_images": (True,),
 }
 _HARMLESS_SETTINGS: dict[str, tuple[object, ...]] = {
+    "face_restoration_unload": (True, False),
     "randn_source": ("CPU",),
     "grid_only_if_multiple": (True,),
 }

@@ -171,6 +171,8 @@ def _fitted(given: Any, kind: msgspec.inspect.Type) -> Any:
 
 def _is_of(value: Any, kind: msgspec.inspect.Type) -> bool:
     match kind:
+        case msgspec.inspect.BoolType():
+            return isinstance(value, bool)
         case msgspec.inspect.IntType():
             return type(value) is int
         case msgspec.inspect.FloatType():
