@@ -40,6 +40,8 @@ log = logs.get_logger(__name__)
 MAX_ATTEMPTS = 6
 PAUSES = (0.2, 1.0, 3.0, 8.0, 20.0)
 """Seconds before the second, third … attempt."""
+DEAD_PART = 10_000
+"""Bytes that are kept of a dead message which is too large to be kept whole."""
 PULL_SECONDS = 3.0
 """A pull that a restart of the bus has swallowed is noticed after this long."""
 
@@ -153,13 +155,14 @@ class Receiver:
     def __init__(
         self,
         service: str,
-        js: JetStreamContext,
+        client: Client,
         work: UnitOfWork,
         attempts: Attempts,
         handlers: Handlers,
     ) -> None:
         self._service = service
-        self._js = js
+        self._client = client
+        self._js = client.jetstream()
         self._work = work
         self._attempts = attempts
         self._handlers = handlers
@@ -235,24 +238,34 @@ class Receiver:
         """Raises (so that the message is kept) when the DEAD stream does not take it."""
         log.error("dead_letter", reason=reason, attempts=attempts)
         metrics.DEAD_LETTERS.labels(self._service).inc()
-        body = raw.data
+        letter = self._dead_letter(raw.data, reason, attempts)
+        if not cloud.fits(letter, self._client.max_payload):
+            part, size = raw.data[:DEAD_PART], len(raw.data)
+            letter = self._dead_letter(
+                msgspec.json.encode(part.decode(errors="replace")),
+                f"{reason[:DEAD_PART]} (of its {size} bytes the first {len(part)} are here)",
+                attempts,
+            )
+        origin = raw.metadata
+        await self._js.publish(
+            dead_subject(self._service),
+            letter,
+            timeout=5,
+            headers={"Nats-Msg-Id": f"{self._service}/{origin.stream}/{origin.sequence.stream}"},
+        )
+
+    def _dead_letter(self, message: bytes, reason: str, attempts: int) -> bytes:
         try:
-            whole = msgspec.Raw(msgspec.json.encode(msgspec.json.decode(body)))
+            whole = msgspec.Raw(msgspec.json.encode(msgspec.json.decode(message)))
         except msgspec.DecodeError:
-            whole = msgspec.Raw(msgspec.json.encode(body.decode(errors="replace")))
+            whole = msgspec.Raw(msgspec.json.encode(message.decode(errors="replace")))
         letter = cloud.wrap(
             DeadLetter(reason=reason, attempts=attempts, envelope=whole),
             type="darkroom.dead_letter.v1",
             source=self._service,
             subject=self._service,
         )
-        origin = raw.metadata
-        await self._js.publish(
-            dead_subject(self._service),
-            cloud.encode(letter),
-            timeout=5,
-            headers={"Nats-Msg-Id": f"{self._service}/{origin.stream}/{origin.sequence.stream}"},
-        )
+        return cloud.encode(letter)
 
 
 async def _outlast_postgres(work: Callable[[], Awaitable[T]]) -> T:

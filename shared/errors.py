@@ -1,8 +1,9 @@
 """The two outcomes a handler may raise.
 
     DarkroomError
-    ├── Rejected   final: the caller is told why, nothing was changed
-    └── Retry      not now: delivered again later
+    ├── Rejected       final: the caller is told why, nothing was changed
+    │   └── TooLarge   no message can say what came of it
+    └── Retry          not now: delivered again later
 
 Anything else that is raised is a bug: retried a few times, then dead-lettered with its reason.
 """
@@ -23,6 +24,13 @@ class Rejected(DarkroomError):
         self.code = code
         self.message = REJECTIONS[code].format(**facts)
         super().__init__(f"{code}: {self.message}")
+
+
+class TooLarge(Rejected):
+    """It makes a message that the bus would never take. Sizes in bytes."""
+
+    def __init__(self, size: int, most: int) -> None:
+        super().__init__("darkroom.too_large", size=size, most=most)
 
 
 class Retry(DarkroomError):

@@ -12,9 +12,9 @@ from typing import Any
 
 import asyncpg
 import msgspec
-from nats.errors import MaxPayloadError
-from nats.js import JetStreamContext
+from nats.aio.client import Client
 
+from shared.contracts import envelope as cloud
 from shared.logs import get_logger
 
 log = get_logger(__name__)
@@ -53,9 +53,15 @@ async def store(connection: Any, rows: Sequence[OutboxRow]) -> list[OutboxRow]:
 class Outbox:
     """Publishes stored rows in order and marks them sent once the stream has them."""
 
-    def __init__(self, pool: asyncpg.Pool[Any], js: JetStreamContext) -> None:
+    def __init__(self, pool: asyncpg.Pool[Any], client: Client) -> None:
         self._pool = pool
-        self._js = js
+        self._client = client
+        self._js = client.jetstream()
+
+    @property
+    def max_payload(self) -> int:
+        """Bytes of the largest message that the bus takes."""
+        return self._client.max_payload
 
     async def publish(self, rows: Sequence[OutboxRow]) -> None:
         """Stops at the first message that the stream does not take: the relay sends the rest, so
@@ -63,12 +69,7 @@ class Outbox:
         sent = []
         try:
             for row in rows:
-                await self._js.publish(
-                    row.subject,
-                    row.body,
-                    timeout=PUBLISH_TIMEOUT,
-                    headers={"Nats-Msg-Id": row.message_id},
-                )
+                await self._send(row)
                 sent.append(row.id)
         except Exception as error:
             log.warning("publish_postponed", subject=row.subject, error=repr(error))
@@ -105,19 +106,9 @@ class Outbox:
                 batch,
             )
             for record in records:
-                try:
-                    await self._js.publish(
-                        record["subject"],
-                        record["body"],
-                        timeout=PUBLISH_TIMEOUT,
-                        headers={"Nats-Msg-Id": record["message_id"]},
-                    )
-                except MaxPayloadError:
-                    # It would stand in the way of all others for ever.
-                    log.error("too_large_to_send", subject=record["subject"], id=record["id"])
-                await connection.execute(
-                    "UPDATE outbox SET sent_at = now() WHERE id = $1", record["id"]
-                )
+                row = OutboxRow(**dict(record))
+                await self._send(row)
+                await connection.execute("UPDATE outbox SET sent_at = now() WHERE id = $1", row.id)
             if records:
                 log.info("relayed", messages=len(records))
             return len(records) == batch
@@ -128,16 +119,24 @@ class Outbox:
         events: they are idempotent everywhere, work for a GPU is not."""
         records = await self._pool.fetch(
             """
-            SELECT message_id, subject, body FROM outbox
+            SELECT id, message_id, subject, body, command_id FROM outbox
             WHERE sent_at > now() - make_interval(secs => $1) AND subject LIKE 'evt.%'
             ORDER BY id
             """,
             seconds,
         )
         for record in records:
-            await self._js.publish(
-                record["subject"],
-                record["body"],
-                timeout=PUBLISH_TIMEOUT,
-                headers={"Nats-Msg-Id": record["message_id"]},
-            )
+            await self._send(OutboxRow(**dict(record)))
+
+    async def _send(self, row: OutboxRow) -> None:
+        """Returns once the stream has it. What was stored when the bus took larger messages is
+        passed over: it would stand in the way of all others for ever."""
+        if not cloud.fits(row.body, self.max_payload):
+            log.error("too_large_to_send", subject=row.subject, id=row.id, bytes=len(row.body))
+            return
+        await self._js.publish(
+            row.subject,
+            row.body,
+            timeout=PUBLISH_TIMEOUT,
+            headers={"Nats-Msg-Id": row.message_id},
+        )

@@ -158,7 +158,7 @@ class Service:
         await wait_for_consumer(self.js, COMMANDS, self.name)
         if self._reactions:
             await wait_for_consumer(self.js, EVENTS, self.name)
-        outbox = Outbox(self.pool, self.js)
+        outbox = Outbox(self.pool, client)
         self.work = UnitOfWork(self.name, self.pool, outbox, observe=self._observe)
         self._subscribe(broker)
         tasks = [asyncio.create_task(outbox.relay())]
@@ -204,7 +204,7 @@ class Service:
         attempts = Attempts(self.pool)
         for stream, handlers in ((COMMANDS, self._commands), (EVENTS, self._reactions)):
             if handlers:
-                receiver = Receiver(self.name, self.js, self.work, attempts, handlers)
+                receiver = Receiver(self.name, self._client, self.work, attempts, handlers)
                 pull(
                     broker,
                     stream=stream,

@@ -10,7 +10,7 @@ import asyncpg
 
 from shared import errors, tracing
 from shared.contracts import envelope as cloud
-from shared.contracts.envelope import Completed, Envelope, Message, Rejected
+from shared.contracts.envelope import Completed, Envelope, Message, Rejected, State
 from shared.contracts.inference import RunJob
 from shared.contracts.registry import payload, type_of
 from shared.contracts.subjects import aggregate_of, event_subject, run_job_subject
@@ -23,6 +23,11 @@ Observer = Callable[[Message], None]
 """Is told of each message that left with a transaction, once, after its commit."""
 
 
+ROOM_TO_GROW = 256 * 1024
+"""Bytes by which events about an aggregate may be larger than the first, such as by the outcome of
+a job: what could be created can also be ended."""
+
+
 def utc_now() -> datetime:
     return datetime.now(UTC)
 
@@ -31,12 +36,19 @@ class Tx:
     """What a handler works with: the connection of its transaction, the time, and `emit`."""
 
     def __init__(
-        self, owner: str, connection: Any, now: datetime, cause: Envelope | None = None
+        self,
+        owner: str,
+        connection: Any,
+        now: datetime,
+        cause: Envelope | None = None,
+        *,
+        max_payload: int,
     ) -> None:
         self.owner = owner
         self.conn = connection
         self.now = now
         self.cause = cause
+        self._max_payload = max_payload
         self.after_commit: list[Callable[[], Awaitable[None]]] = []
         self._messages: list[Message] = []
 
@@ -49,7 +61,8 @@ class Tx:
         return self._messages
 
     def rows(self) -> list[OutboxRow]:
-        """The messages as they will be sent; the last event of a command carries its answer."""
+        """The messages as they will be sent; the last event of a command carries its answer.
+        Raises TooLarge for one that would never be sent, or that leaves its aggregate no room."""
         asked = self.cause is not None and self.cause.type.startswith(f"{self.owner}.")
         command = self.cause if asked else None
         messages = list(self._messages)
@@ -79,7 +92,11 @@ class Tx:
             traceparent=tracing.traceparent(),
             answers=answers,
         )
-        return OutboxRow(framed.id, subject, cloud.encode(framed), cause_id)
+        body = cloud.encode(framed)
+        first = isinstance(message, State) and message.version == 1
+        if not cloud.fits(body, self._max_payload, spare=ROOM_TO_GROW if first else 0):
+            raise errors.TooLarge(len(body), self._max_payload)
+        return OutboxRow(framed.id, subject, body, cause_id)
 
 
 class UnitOfWork:
@@ -137,7 +154,13 @@ class UnitOfWork:
         async with self.pool.acquire() as connection, connection.transaction():
             if envelope and not await _claim(connection, envelope):
                 return False
-            tx = Tx(self.owner, connection, self._clock(), envelope)
+            tx = Tx(
+                self.owner,
+                connection,
+                self._clock(),
+                envelope,
+                max_payload=self._outbox.max_payload,
+            )
             await work(tx)
             rows = await store(connection, tx.rows())
         if self._observe:

@@ -22,6 +22,7 @@ from shared.contracts import envelope as cloud
 from shared.contracts.envelope import Command
 from shared.contracts.registry import type_of
 from shared.contracts.subjects import command_subject
+from shared.errors import TooLarge
 
 PATIENCE = 2.0
 """Seconds to wait for the stream to say that it has a command, before it is sent once more."""
@@ -150,7 +151,8 @@ class Dispatcher:
                 ack.cancel()  # nats-py keeps a place for each one that is never done
 
     async def publish(self, command: Command, ticket: Ticket, id_: str) -> asyncio.Future[Any]:
-        """Hands the command to the stream; the returned future is done when it is stored."""
+        """Hands the command to the stream; the returned future is done when it is stored. Raises
+        ApiError for one that the bus would never take."""
         if not self._client.is_connected:
             raise Unavailable("the bus")
         type_name = type_of(command)
@@ -164,8 +166,12 @@ class Dispatcher:
             actor=ticket.actor,
             traceparent=tracing.traceparent() or ticket.traceparent,
         )
+        body = cloud.encode(framed)
+        if not cloud.fits(body, self._client.max_payload):
+            refusal = TooLarge(len(body), self._client.max_payload)
+            raise rejection(refusal.code, refusal.message)
         return await self._js.publish_async(
-            command_subject(type_name), cloud.encode(framed), headers={"Nats-Msg-Id": id_}
+            command_subject(type_name), body, headers={"Nats-Msg-Id": id_}
         )
 
     async def _recall(self, id_: str, ticket: Ticket) -> Outcome | None:

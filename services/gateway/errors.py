@@ -56,6 +56,7 @@ STATUS: dict[str, int] = {
     "inference.params_missing": 400,
     "inference.checkpoint_gone": 404,
     "darkroom.failed": 500,
+    "darkroom.too_large": 413,
 }
 
 

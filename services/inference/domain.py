@@ -19,6 +19,22 @@ START_SECONDS = 30.0
 """What an endpoint is thought to need for its first instance when it has none."""
 
 
+MOST_WARNINGS, LONGEST_WARNING = 100, 300
+"""Of a job, and characters of each: its state is in every event about it."""
+
+
+def bounded(warnings: list[str]) -> list[str]:
+    """As many as a job keeps, each as long as it may be; the last of them says how many more there
+    are."""
+    kept = [
+        text if len(text) <= LONGEST_WARNING else text[: LONGEST_WARNING - 1] + "…"
+        for text in warnings[:MOST_WARNINGS]
+    ]
+    if len(warnings) > MOST_WARNINGS:
+        kept[-1] = f"… and {len(warnings) - MOST_WARNINGS + 1} more"
+    return kept
+
+
 class Starter(msgspec.Struct, frozen=True, kw_only=True):
     """Who started a job, and with which rights."""
 
@@ -141,7 +157,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
             image_names=image_names,
             info_name=info_name,
             seconds=seconds,
-            warnings=warnings,
+            warnings=bounded(warnings),
             version=self.version + 1,
         )
 

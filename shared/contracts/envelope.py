@@ -71,11 +71,22 @@ class Completed(Message, frozen=True, kw_only=True):
 
 
 class DeadLetter(Message, frozen=True, kw_only=True):
-    """A message that could not be handled, kept whole with the reason. Emitter: its consumer."""
+    """A message that could not be handled, kept with the reason; whole, unless that is larger than
+    the bus takes. Emitter: its consumer."""
 
     reason: str
     attempts: int
     envelope: msgspec.Raw
+
+
+HEADER_BYTES = 1024
+"""What a message's headers may take of the largest message that the bus accepts."""
+
+
+def fits(body: bytes, max_payload: int, *, spare: int = 0) -> bool:
+    """Whether a bus that takes `max_payload` bytes takes this body, and `spare` bytes more. It
+    counts headers too, and breaks the connection for what is larger."""
+    return len(body) + HEADER_BYTES + spare <= max_payload
 
 
 def new_id() -> str:

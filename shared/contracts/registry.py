@@ -86,7 +86,7 @@ TYPES: dict[str, type[Message]] = {
 
 REJECTIONS: dict[str, str] = {
     code: text for owner in OWNERS for code, text in owner.REJECTIONS.items()
-}
+} | {"darkroom.too_large": "this makes a message of {size} bytes, the bus takes {most}; send less"}
 
 _NAMES = {struct: name for name, struct in TYPES.items()}
 _DECODERS: dict[str, msgspec.json.Decoder[Message]] = {

@@ -32,6 +32,7 @@ class Params(msgspec.Struct, kw_only=True):
     counter: str = ""
     reason: str = ""
     preview: bool = False
+    warnings: int = 1
     poisonous: bool = False
     group: str = ""
 
@@ -145,4 +146,4 @@ class Engine:
             ResultImage(f"image_{number}.png", "image/png", PNG + bytes([number]))
             for number in range(told.images)
         ]
-        return Result(images, info, {"render": told.seconds}, ["a warning"])
+        return Result(images, info, {"render": told.seconds}, ["a warning"] * told.warnings)

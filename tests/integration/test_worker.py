@@ -118,13 +118,14 @@ def engine_of(worker: subprocess.Popen[bytes]) -> psutil.Process:
 async def test_a_job_is_fetched_run_uploaded_and_reported(bus: Bus, pool: Pool) -> None:
     await pool.start()
     checkpoint = await bus.make_checkpoint(b"real weights")
-    params = msgspec.json.encode({"images": 2, "steps": 40, "seconds": 0.6})
+    asked = {"images": 2, "steps": 40, "seconds": 0.6, "warnings": 400_000}
+    params = msgspec.json.encode(asked)
     job_id = await bus.run_job(pool.endpoint, params, checkpoint)
     done = await bus.end_of(job_id)
     assert (done.status, done.attempt, done.reason) == ("succeed", 1, None)
     assert done.image_names == ["image_0.png", "image_1.png"]
     assert done.info_name == f"{job_id}_param.json"
-    assert done.warnings == ["a warning"]
+    assert done.warnings == ["a warning"] * 99 + ["… and 399901 more"]
     assert list(done.seconds) == ["fetch", "line", "render", "upload"]
     assert len(await bus.keys(job_id)) == 4
     stored = await bus.objects.client.get_object(

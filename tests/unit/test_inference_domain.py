@@ -12,6 +12,7 @@ from services.inference.domain import (
     Endpoint,
     Job,
     Starter,
+    bounded,
     busy_seconds,
     choose_endpoint,
     locate_models,
@@ -280,3 +281,17 @@ def test_a_moved_job_keeps_its_attempts() -> None:
     moved = make_job(attempt=2, status="inprogress").move(make_endpoint("other"))
     event = inference.JobMoved.of(moved)
     assert (event.endpoint_name, event.attempt, event.version) == ("other", 2, 2)
+
+
+# Warnings
+
+
+def test_a_job_keeps_as_many_warnings_as_an_event_holds() -> None:
+    few = [f"field_{number}: no effect here" for number in range(100)]
+    assert bounded(few) == few
+    many = bounded([*few, *few, "x"])
+    assert many == [*few[:99], "… and 102 more"]
+    assert bounded(many) == many
+    (long,) = bounded(["猫" * 1000])
+    assert long == "猫" * 299 + "…"
+    assert bounded([]) == []

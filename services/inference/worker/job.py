@@ -29,6 +29,7 @@ from nats.aio.msg import Msg
 from nats.js import JetStreamContext
 from nats.js.errors import NotFoundError
 
+from services.inference.domain import bounded
 from services.inference.worker import metrics
 from services.inference.worker.cache import ModelCache
 from services.inference.worker.engine import (
@@ -242,7 +243,7 @@ class HeldJob:
                 **result.seconds,
                 "upload": round(uploaded - rendered, 3),
             },
-            warnings=result.warnings,
+            warnings=bounded(result.warnings),
         )
         metrics.IMAGES.inc(len(image_names))
         await self.report(report)

@@ -26,6 +26,7 @@ from shared.contracts.inference import (
 )
 from shared.contracts.registry import type_of
 from shared.contracts.subjects import beat_subject, command_subject, progress_subject
+from shared.errors import TooLarge
 from shared.logs import get_logger
 
 log = get_logger(__name__)
@@ -46,10 +47,23 @@ class Reports:
         self._source = f"worker/{settings.instance_id}"
 
     async def job(self, report: Report, cause: Envelope) -> None:
-        """Returns once the stream has the report, however long that takes."""
+        """Returns once the stream has the report, however long that takes. A success that makes too
+        large a report is a failure with that reason."""
         name = type_of(report)
         id_ = str(uuid.uuid5(REPORTS, f"{report.job_id}/{report.attempt}/{name}"))
-        await self._send(report, name, id_, report.job_id, cause)
+        try:
+            await self._send(report, name, id_, report.job_id, cause)
+        except TooLarge as error:
+            if not isinstance(report, ReportJobSucceeded):
+                raise
+            failed = ReportJobFailed(
+                job_id=report.job_id,
+                instance_id=report.instance_id,
+                attempt=report.attempt,
+                reason=f"its result can't be reported: {error.message}",
+                endpoint_id=report.endpoint_id,
+            )
+            await self.job(failed, cause)
 
     async def instance(self, status: str, error: str | None = None) -> None:
         """Returns once the stream has the report, however long that takes."""
@@ -92,6 +106,7 @@ class Reports:
     async def _send(
         self, message: Command, name: str, id_: str, subject: str, cause: Envelope | None
     ) -> None:
+        """Raises TooLarge."""
         framed = cloud.wrap(
             message,
             type=name,
@@ -102,6 +117,8 @@ class Reports:
             traceparent=tracing.traceparent(),
         )
         body, pause = cloud.encode(framed), 0.1
+        if not cloud.fits(body, self._client.max_payload):
+            raise TooLarge(len(body), self._client.max_payload)
         while True:
             try:
                 await self._js.publish(
