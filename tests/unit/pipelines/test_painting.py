@@ -208,6 +208,21 @@ def test_a_random_seed_is_written_down(easel: Easel) -> None:
     assert easel.paint(seed=-1).info["seed"] != first.info["seed"]
 
 
+def test_what_the_webuis_pages_do_not_offer_makes_a_picture(easel: Easel) -> None:
+    """No more noise can be put back than there was: then a step goes all the way down."""
+    for sampler in ("Euler a", "DPM2 a", "DPM++ 2S a", "DPM++ SDE", "DPM++ 3M SDE", "DPM fast"):
+        assert easel.paint(sampler_name=sampler, eta=5).fields["Eta"] == "5.0"
+    assert easel.paint(sampler_name="DDIM", eta=2).fields["Eta DDIM"] == "2.0"
+    smaller = {"enable_hr": True, "hr_scale": 0.5, "width": 128, "height": 160}
+    for upscaler in ("Latent", "Lanczos"):
+        assert easel.paint(**smaller, hr_upscaler=upscaler).pictures[0].size == (64, 80)
+    assert easel.paint(cfg_scale=-2).fields["CFG scale"] == "-2.0"
+    assert easel.paint(subseed_strength=2, subseed=5).fields["Variation seed strength"] == "2.0"
+    for seed in (-5, 2**64 - 1):
+        done = easel.paint(seed=seed, sampler_name="DPM++ SDE", steps=1)
+        assert done.fields["Seed"] == str(seed)
+
+
 def test_seeds_may_be_as_large_as_json_has_numbers(easel: Easel) -> None:
     most = 2**53 - 1
     for delta in (most, -most):

@@ -45,7 +45,7 @@ class ControlUnit(msgspec.Struct, frozen=True, kw_only=True):
     enabled: bool = True
     module: str = "none"
     model: str = "None"
-    weight: Annotated[float, Meta(ge=0, le=2)] = 1.0
+    weight: Annotated[float, Meta(ge=-10, le=10)] = 1.0
     image: str | dict[str, str] = ""
     input_image: str | dict[str, str] = ""
     mask: str = ""

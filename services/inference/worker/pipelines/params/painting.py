@@ -41,6 +41,8 @@ HighestSigma = Annotated[float, Meta(ge=0)]
 Churn = Annotated[float, Meta(ge=0, le=1000)]
 NoiseScale = Annotated[float, Meta(ge=0, le=10)]
 Eta = Annotated[float, Meta(ge=0)]
+Pixels = Annotated[int, Meta(ge=0, le=16_384)]
+Blur = Annotated[int, Meta(ge=0, le=1024)]
 LEAST_RHO = 0.1
 LEVELS = ("sigma_min", "sigma_max", "rho")
 """Settings of how the levels of noise are spread."""
@@ -69,9 +71,9 @@ class OverrideSettings(msgspec.Struct, frozen=True, kw_only=True):
     face_restoration_model: str = ""
     hires_fix_refiner_pass: Literal["first pass", "second pass", "both passes"] = "second pass"
     img2img_background_color: str = "#ffffff"
-    img2img_extra_noise: Share = 0.0
+    img2img_extra_noise: NoiseScale = 0.0
     img2img_fix_steps: bool = False
-    initial_noise_multiplier: Annotated[float, Meta(ge=0, le=1.5)] = 1.0
+    initial_noise_multiplier: NoiseScale = 1.0
     inpainting_mask_weight: Share = 1.0
     jpeg_quality: Annotated[int, Meta(ge=1, le=100)] = 80
     k_sched_type: str = "Automatic"
@@ -85,8 +87,8 @@ class OverrideSettings(msgspec.Struct, frozen=True, kw_only=True):
     samples_format: str = ""
     sd_model_checkpoint: str = ""
     sd_vae: str = ""
-    sdxl_crop_left: Annotated[int, Meta(ge=0, le=1024)] = 0
-    sdxl_crop_top: Annotated[int, Meta(ge=0, le=1024)] = 0
+    sdxl_crop_left: Pixels = 0
+    sdxl_crop_top: Pixels = 0
     sdxl_refiner_high_aesthetic_score: Annotated[float, Meta(ge=0, le=10)] = 6.0
     sdxl_refiner_low_aesthetic_score: Annotated[float, Meta(ge=0, le=10)] = 2.5
     sgm_noise_multiplier: bool = False
@@ -110,10 +112,10 @@ class PaintingParams(msgspec.Struct, frozen=True, kw_only=True):
     sampler_name: str = ""
     sampler_index: str | int = ""
     scheduler: str = ""
-    cfg_scale: Annotated[float, Meta(ge=0, le=100)] = 7.0
+    cfg_scale: Annotated[float, Meta(ge=-1000, le=1000)] = 7.0
     seed: Seed = -1
     subseed: Seed = -1
-    subseed_strength: Share = 0.0
+    subseed_strength: Annotated[float, Meta(ge=-10, le=10)] = 0.0
     seed_resize_from_h: int = 0
     seed_resize_from_w: int = 0
     width: Side = 512
@@ -125,7 +127,7 @@ class PaintingParams(msgspec.Struct, frozen=True, kw_only=True):
     s_tmin: Sigma = 0.0
     s_tmax: HighestSigma = 0.0
     s_noise: NoiseScale = 1.0
-    s_min_uncond: Annotated[float, Meta(ge=0, le=15)] = 0.0
+    s_min_uncond: Sigma = 0.0
     tiling: bool = False
     disable_extra_networks: bool = False
     do_not_save_grid: bool = False
@@ -137,7 +139,7 @@ class PaintingParams(msgspec.Struct, frozen=True, kw_only=True):
     script_args: list[Any] = []
 
     enable_hr: bool = False
-    hr_scale: Annotated[float, Meta(ge=1, le=8)] = 2.0
+    hr_scale: Annotated[float, Meta(ge=0.01, le=64)] = 2.0
     hr_upscaler: str = "Latent"
     hr_second_pass_steps: Target = 0
     hr_resize_x: Target = 0
@@ -153,14 +155,14 @@ class PaintingParams(msgspec.Struct, frozen=True, kw_only=True):
     resize_mode: Literal[0, 1, 2, 3] = 0
     denoising_strength: Share = 0.75
     mask: str = ""
-    mask_blur: Annotated[int, Meta(ge=0, le=256)] | None = None
-    mask_blur_x: Annotated[int, Meta(ge=0, le=256)] = 4
-    mask_blur_y: Annotated[int, Meta(ge=0, le=256)] = 4
+    mask_blur: Blur | None = None
+    mask_blur_x: Blur = 4
+    mask_blur_y: Blur = 4
     inpainting_fill: Literal[0, 1, 2, 3] = 0
     inpaint_full_res: bool = True
-    inpaint_full_res_padding: Annotated[int, Meta(ge=0, le=1024)] = 0
+    inpaint_full_res_padding: Pixels = 0
     inpainting_mask_invert: bool = False
-    initial_noise_multiplier: Annotated[float, Meta(ge=0, le=1.5)] | None = None
+    initial_noise_multiplier: NoiseScale | None = None
 
     units: list[ControlUnit] = []
     """From `alwayson_scripts`; no field of a body."""
@@ -475,7 +477,7 @@ def _about_samplers(params: PaintingParams) -> list[str]:
         "s_tmin": (params.s_tmin != 0, churns),
         "s_tmax": (params.highest_churn < math.inf, churns),
         "s_noise": (params.s_noise != 1, any(one.uses_s_noise for one in samplers)),
-        "eta": (params.eta is not None, any(one.uses_eta for one in samplers)),
+        "eta": (params.eta not in (None, 0), any(one.uses_eta for one in samplers)),
     }
     return warnings + [
         f"{field}: no effect on {names}"

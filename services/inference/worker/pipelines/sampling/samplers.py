@@ -80,6 +80,8 @@ def _towards(x: Tensor, denoised: Tensor, sigma: float, next_sigma: float) -> Te
 
 def _exponential_step(x: Tensor, denoised: Tensor, sigma: float, next_sigma: float) -> Tensor:
     """The exact solution of a step on which the prediction does not change (DPM-Solver++)."""
+    if next_sigma == 0:
+        return denoised
     return next_sigma / sigma * x - expm1(log(next_sigma / sigma)) * denoised
 
 
