@@ -23,6 +23,7 @@ from shared.objects import StoredParams
 from shared.webui import titles
 from shared.webui.body_names import (
     EMBEDDING,
+    FACE_RESTORATION,
     PAINTING,
     BodyNames,
     NamedModel,
@@ -105,7 +106,8 @@ async def resolve(
     wanted = [
         one
         for one in named.models
-        if not titles.find(one.type, one.title, listed_by_type.get(one.type, []))
+        if not _meant(one, listed_by_type.get(one.type, []))
+        and not (one.by_default and one.type in listed_by_type)
     ]
     if len(wanted) > MOST_MODELS:
         raise ApiError(400, f"params: they name {len(wanted)} models, allowed are {MOST_MODELS}")
@@ -144,7 +146,7 @@ async def _find(wanted: Sequence[NamedModel], owner: Person, views: Views) -> li
     known = _by_type(_files_of(await views.list_checkpoints_by_key(types, sorted(keys), owner)))
     found, missing = [], []
     for one in wanted:
-        file = titles.find(one.type, one.title, known.get(one.type, []))
+        file = _meant(one, known.get(one.type, []))
         if file:
             found.append(file)
         else:
@@ -153,6 +155,14 @@ async def _find(wanted: Sequence[NamedModel], owner: Person, views: Views) -> li
         told = [await _about_missing(one, owner, views) for one in missing[:MOST_TOLD]]
         raise ApiError(404, "; ".join(told))
     return found
+
+
+def _meant(named: NamedModel, files: Sequence[FoundFile]) -> FoundFile | None:
+    if named.type == FACE_RESTORATION:
+        kind = named.title.lower()
+        of_kind = (one for one in files if one.file.kind and one.file.kind.family.lower() == kind)
+        return next(of_kind, None) or titles.find(named.type, named.title, files)
+    return titles.find(named.type, named.title, files)
 
 
 async def _about_missing(missing: NamedModel, owner: Person, views: Views) -> str:

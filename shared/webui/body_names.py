@@ -21,8 +21,10 @@ from shared.webui.settings import WebuiSettings
 from shared.webui.styles import read_styles, styled, written
 from shared.webui.titles import CHECKPOINT, LORA, UPSCALER, stem_of
 from shared.webui.values import as_flag, as_number, as_whole
+from shared.weights.kinds import CODEFORMER, GFPGAN
 
 VAE, EMBEDDING, CONTROLNET, REMBG = "VAE", "embeddings", "ControlNet", "rembg"
+FACE_RESTORATION = "FaceRestoration"
 PAINTING = ("txt2img", "img2img")
 NO_MODEL = {
     CHECKPOINT: ("", "none", "use same checkpoint"),
@@ -40,11 +42,14 @@ LONGEST_PROMPT, MOST_CHARACTERS = 100_000, 5_000_000
 
 
 class NamedModel(msgspec.Struct, frozen=True):
-    """`title`: as the body has it, see `shared.webui.titles`. `field`: where."""
+    """`title`: as the body has it, see `shared.webui.titles`; of a model that restores faces it may
+    be its kind. `field`: where. `by_default`: the body leaves it open, so any that the job lists
+    will do as well."""
 
     type: str
     title: str
     field: str
+    by_default: bool = False
 
 
 class BodyNames(msgspec.Struct, frozen=True):
@@ -70,12 +75,15 @@ class _Body(TypedDict, total=False):
     hr_checkpoint_name: Any
     hr_upscaler: Any
     styles: Any
+    restore_faces: Any
     script_name: Any
     script_args: Any
     alwayson_scripts: Any
     upscaler_1: Any
     upscaler_2: Any
     extras_upscaler_2_visibility: Any
+    gfpgan_visibility: Any
+    codeformer_visibility: Any
     model: Any
     vitmatte: Any
     vitmatte_model: Any
@@ -127,7 +135,7 @@ def _of_painting(raw: _Body, task_type: str, webui: WebuiSettings) -> BodyNames:
             (UPSCALER, "hr_upscaler", _either(axes, "hires upscaler", upscaler)),
         ]
     fields += _of_sd_upscale(raw, task_type)
-    found = [*_models(fields), *_of_scripts(raw)]
+    found = [*_models(fields), *_of_faces(raw, axes), *_of_scripts(raw)]
     prompts = _prompts(raw, axes, webui, hires=hires)
     if not _flag(raw.get("disable_extra_networks")):
         found += [
@@ -211,6 +219,26 @@ def _of_scripts(raw: _Body) -> Iterator[NamedModel]:
             yield from _models([(CHECKPOINT, where, arguments[1:2])])
 
 
+FACE_RESTORERS = {"gfpgan": GFPGAN, "codeformer": CODEFORMER}
+"""By their names in a plot; a GFPGAN is looked for where nothing names one."""
+
+
+def _of_faces(raw: _Body, axes: Axes) -> Iterator[NamedModel]:
+    settings = _object(raw.get("override_settings"))
+    given = raw.get("restore_faces")
+    restores = _flag(settings.get("face_restoration") if given is None else given)
+    for value in _either(axes, "face restore", "true" if restores else ""):
+        named = FACE_RESTORERS.get(value.lower(), "")
+        if named or _flag(value):
+            title = named or _text(settings.get("face_restoration_model"))
+            yield NamedModel(
+                FACE_RESTORATION,
+                title or GFPGAN,
+                "restore_faces",
+                by_default=not title,
+            )
+
+
 SD_UPSCALE = "sd upscale"
 """The webui's name of the script, in lower case; its upscaler is the third value."""
 
@@ -247,11 +275,12 @@ MODEL_AXES = {
     "hires upscaler": {"txt2img": 26},
     "vae": {"txt2img": 27, "img2img": 26},
     "styles": {"txt2img": 28, "img2img": 27},
+    "face restore": {"txt2img": 30, "img2img": 29},
     "refiner checkpoint": {"txt2img": 35, "img2img": 34},
 }
 """Those that put names of models into a body, and the numbers that the webui 1.7 gives them."""
-_TYPED = "prompt s/r"
-"""The one whose values are typed; those of the others are chosen from a list."""
+_TYPED = ("prompt s/r", "face restore")
+"""Those whose values are typed; those of the others are chosen from a list."""
 
 
 Axes = list[tuple[str, list[str]]]
@@ -269,7 +298,7 @@ def plot_axes(raw: _Body, task_type: str) -> Axes:
     for type_, typed, chosen in zip(*[iter(given[:9])] * 3, strict=False):
         for label, numbers in MODEL_AXES.items():
             if as_whole(type_) == numbers.get(task_type) or _text(type_).lower() == label:
-                choose = chosen and not csv_mode and label != _TYPED
+                choose = chosen and not csv_mode and label not in _TYPED
                 axes.append((label, _values(chosen if choose else typed)))
     return axes
 
@@ -293,7 +322,7 @@ def _replaced(prompt: str, axes: Axes) -> list[str]:
     """What a prompt becomes in the cells of a plot, by Prompt S/R."""
     texts = [prompt]
     for label, values in axes:
-        if label == _TYPED and values:
+        if label == "prompt s/r" and values:
             pairs = itertools.product(texts, values)
             texts = [*_within_bounds(_with(text, values[0], value) for text, value in pairs)]
     return texts
@@ -325,7 +354,10 @@ def _of_upscaling(raw: _Body) -> Iterator[NamedModel]:
     fields = [(UPSCALER, "upscaler_1", [raw.get("upscaler_1")])]
     if _number(raw.get("extras_upscaler_2_visibility")) > 0:
         fields.append((UPSCALER, "upscaler_2", [raw.get("upscaler_2")]))
-    return _models(fields)
+    yield from _models(fields)
+    for field, title in (("gfpgan_visibility", GFPGAN), ("codeformer_visibility", CODEFORMER)):
+        if _number(raw.get(field)) > 0:
+            yield NamedModel(FACE_RESTORATION, title, field)
 
 
 # Embeddings

@@ -191,6 +191,18 @@ WAYS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
         *("txt2img", "Lora", "x"),
         {"prompt": "a cat", **plot(7)} | {"script_args": [7, "cat, <lora:x:1>", [], 0, "", []]},
     ),
+    "face restoration": (
+        *("img2img", "FaceRestoration", "x"),
+        {"restore_faces": True, **settings(face_restoration_model="x")},
+    ),
+    "face restoration by its kind": (
+        *("extra-single-image", "FaceRestoration", "y"),
+        {"gfpgan_visibility": 0.5},
+    ),
+    "face restoration of a plot": (
+        *("txt2img", "FaceRestoration", "y"),
+        {**plot(30), "script_args": [30, "False, GFPGAN", [], *[0, "", []] * 2]},
+    ),
     "rembg": ("rembg", "rembg", "x", {"model": "x"}),
     "vitmatte": ("rembg", "rembg", "vitmatte-x", {"vitmatte": True, "vitmatte_model": "x"}),
 }
@@ -204,7 +216,8 @@ async def test_nobody_reaches_by_any_way_what_they_may_not_use(
     """And no message tells them that it is there."""
     task_type, type_, stem, body = WAYS[way]
     alias = "Its Alias" if type_ == "Lora" else ""
-    kind = Kind(type_, "a file", alias=alias)
+    family = "GFPGAN" if type_ == "FaceRestoration" else ""
+    kind = Kind(type_, "a file", family, alias=alias)
     usual = await registry.add("Stable-diffusion", "usual.ckpt", creator="alice")
     theirs = await registry.add(
         type_, f"{stem}.pt", allowed=("carol", "IT Operator"), sha256=DIGEST, kind=kind
@@ -337,6 +350,22 @@ async def test_a_file_is_found_without_its_suffix(registry: Registry, suffix: st
     await registry.add("VAE", f"Une Été [v2]{suffix.upper()}")
     (name,) = await registry.find(settings(sd_vae="une été [v2]"))
     assert name == f"Une Été [v2]{suffix.upper()}"
+
+
+async def test_any_model_that_restores_faces_does_where_nothing_names_one(
+    registry: Registry,
+) -> None:
+    checkpoint = await registry.add("Stable-diffusion", "a.ckpt")
+    files = {}
+    for name in ("CodeFormer", "GFPGAN", "RestoreFormer"):
+        kind = Kind("FaceRestoration", "", name)
+        files[name] = await registry.add("FaceRestoration", f"{name.lower()}-1.pth", kind=kind)
+    assert await registry.find({"restore_faces": True}, checkpoint) == ["gfpgan-1.pth"]
+    listed = (checkpoint, files["RestoreFormer"])
+    assert await registry.find({"restore_faces": True}, *listed) == []
+    named = {"restore_faces": True, **settings(face_restoration_model="codeformer")}
+    assert await registry.find(named, *listed) == ["codeformer-1.pth"]
+    assert await registry.find(named, checkpoint, files["CodeFormer"]) == []
 
 
 async def test_an_embedding_of_another_family_is_just_a_word(registry: Registry) -> None:

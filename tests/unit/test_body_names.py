@@ -111,6 +111,22 @@ HIRES = {"enable_hr": True, "hr_upscaler": "R-ESRGAN 4x+", "hr_checkpoint_name":
             [("Upscaler", "w")],
         ),
         ("extra-batch-images", {"upscaler_1": "u"}, [("Upscaler", "u")]),
+        (
+            "extra-single-image",
+            {"gfpgan_visibility": 0, "codeformer_visibility": "0.5"},
+            [("FaceRestoration", "CodeFormer")],
+        ),
+        ("txt2img", {"restore_faces": True}, [("FaceRestoration", "GFPGAN")]),
+        (
+            "img2img",
+            {"override_settings": {"face_restoration": True, "face_restoration_model": "f"}},
+            [("FaceRestoration", "f")],
+        ),
+        (
+            "img2img",
+            {"restore_faces": False, "override_settings": {"face_restoration": True}},
+            [],
+        ),
         ("rembg", {"model": "u2net"}, [("rembg", "u2net")]),
         ("rembg", {"model": "u2net_custom"}, []),
         ("rembg", {"input_image": "AAAA"}, []),
@@ -217,6 +233,9 @@ def test_a_plot_names_what_its_cells_have() -> None:
     assert names.has_checkpoint
     typed = plot(11, "x, y", ["a"], csv_mode=True)
     assert named("txt2img", **typed) == [("Stable-diffusion", "x"), ("Stable-diffusion", "y")]
+    assert named("img2img", **plot(29, "False, CodeFormer", []), restore_faces=True) == [
+        ("FaceRestoration", "CodeFormer")
+    ]
     hires = plot(26, "", ["u", "Latent"])
     assert named("txt2img", **hires) == []
     assert named("txt2img", **hires, enable_hr=True) == [("Upscaler", "u")]

@@ -42,8 +42,8 @@ from services.inference.worker.pipelines.pictures.grids import grid, labelled
 from services.inference.worker.pipelines.pictures.infotext import fields_text, param_json
 from services.inference.worker.pipelines.stopwatch import Stopwatch
 from shared.contracts.inference import RunJob
+from shared.webui.body_names import FACE_RESTORERS
 from shared.webui.values import as_flag, as_whole
-from shared.weights.kinds import CODEFORMER, GFPGAN
 
 SEEDS = ("Seed", "Var. seed")
 
@@ -107,7 +107,7 @@ def _add_styles(body: Body, value: str, _: list[Any]) -> None:
 
 def _restore_faces(body: Body, value: str, values: list[Any]) -> None:
     """By a model, or whether at all."""
-    model = {"gfpgan": GFPGAN, "codeformer": CODEFORMER}.get(value.lower())
+    model = FACE_RESTORERS.get(value.lower())
     if model:
         _setting("face_restoration_model")(body, model, values)
     body["restore_faces"] = bool(model) or value.lower() in ("true", "yes", "y", "1")
