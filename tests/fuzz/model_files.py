@@ -238,7 +238,7 @@ def changed_tensors(tensors: Tensors, chance: random.Random, story: list[str]) -
                 tensors[name] = other_shape(tensors[name], chance)
             case "fill":
                 value = chance.choice([math.nan, math.inf, -1e30, 0.0, 1e-40])
-                tensors[name] = torch.full_like(tensors[name], value)
+                tensors[name] = torch.full_like(tensors[name].float(), value)
             case "swap":
                 other = chance.choice(names)
                 tensors[name], tensors[other] = tensors[other].clone(), tensors[name]
