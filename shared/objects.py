@@ -9,12 +9,13 @@ from typing import Any
 from urllib.parse import quote
 
 import aioboto3
+import aiohttp
 import msgspec
 from botocore.auth import S3SigV4QueryAuth
 from botocore.awsrequest import AWSRequest
 from botocore.config import Config
 from botocore.credentials import Credentials
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import BotoCoreError, ClientError, ResponseStreamingError
 
 from shared.settings import ObjectSettings
 
@@ -98,8 +99,11 @@ class Objects:
             if error.response["Error"]["Code"] in MISSING:
                 return None
             raise
-        async with found["Body"]:
-            body = await found["Body"].read() if found["ContentLength"] <= MAX_PARAMS else b""
+        try:
+            async with found["Body"]:
+                body = await found["Body"].read() if found["ContentLength"] <= MAX_PARAMS else b""
+        except aiohttp.ClientError as error:  # of which aiobotocore translates some
+            raise ResponseStreamingError(error=error) from error
         return StoredParams(body, found["LastModified"].astimezone(UTC))
 
     async def _head(self, bucket: str, key: str) -> dict[str, Any] | None:
