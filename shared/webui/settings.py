@@ -7,6 +7,9 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+Emphasis = Literal["None", "Ignore", "Original", "No norm"]
+"""What becomes of attention in prompts. None: there is no such syntax. Ignore: it has no effect. No
+norm: as the original one, but the mean of embeddings is not restored."""
 AtLeastOne = Annotated[int, Meta(ge=1)]
 
 
@@ -18,6 +21,7 @@ class WebuiSettings(msgspec.Struct, frozen=True, kw_only=True):
     - `webui_version`: whose ways a body is read by, where they differ.
     - `styles`: JSON `{"name": {"prompt": …, "negative_prompt": …}}`, or the path of such a file or
       of a webui's styles.csv, which is read once.
+    - `randn_source`: of noise, where a job says nothing; GPU is taken for NV.
     - `max_steps`: of a pass; models know no more than 1000.
     - `max_side`: of what is rendered, hires fix included, in pixels.
     - `max_upscaled_side`: of what extra-single-image and extra-batch-images make.
@@ -31,6 +35,7 @@ class WebuiSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     webui_version: Literal["1.7", "1.10"] = "1.7"
     styles: str = ""
+    randn_source: Literal["CPU", "NV", "GPU"] = "CPU"
     max_steps: Annotated[int, Meta(ge=1, le=1000)] = 1000
     max_side: Annotated[int, Meta(ge=64)] = 4096
     max_upscaled_side: AtLeastOne = 16_384

@@ -29,7 +29,7 @@ from shared.settings import SECRETS, ObjectSettings, variables
 ROOT = Path(__file__).resolve().parents[2]
 FIELDS = ROOT / "services" / "inference" / "FIELDS.md"
 PARAMS = (PaintingParams, OverrideSettings, ControlUnit, EnlargingParams, CuttingParams)
-NOT_OF_THE_BODY = {"units", "number"}
+NOT_OF_THE_BODY = {"units", "number", "webui_version"}
 FOR_PROVISIONING = {"DARKROOM_INSTALLATION", "DARKROOM_POSTGRES", "DARKROOM_STREAM_REPLICAS"}
 SERVICES = ("gateway", "identity", "models", "endpoints", "inference")
 FOR_CLIENTS = {

@@ -21,6 +21,7 @@ from services.inference.worker.pipelines import Listener, Result
 from services.inference.worker.pipelines.engine import Engine
 from services.inference.worker.settings import EngineOptions
 from shared.contracts.inference import RunJob
+from shared.webui.settings import WebuiSettings
 from tests.weights import files_of, used
 
 Pixels = NDArray[np.int16]
@@ -39,6 +40,7 @@ USUAL: dict[str, Any] = {
     "cfg_scale": 6.5,
 }
 """The body that a test changes."""
+USUAL_SETTINGS = WebuiSettings()
 
 
 class Seen(msgspec.Struct, frozen=True, eq=False):
@@ -60,9 +62,10 @@ class Seen(msgspec.Struct, frozen=True, eq=False):
 class Bench:
     """Runs bodies on checkpoints that lie in a folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, webui: WebuiSettings = USUAL_SETTINGS) -> None:
         self.folder = folder
-        self.engine = Engine("cpu", folder, Listener(), EngineOptions(preview_seconds=0))
+        options = EngineOptions(preview_seconds=0, webui=webui)
+        self.engine = Engine("cpu", folder, Listener(), options)
 
     def job(self, task_type: str, files: Mapping[Path, str], job_id: str = "job") -> RunJob:
         return RunJob(

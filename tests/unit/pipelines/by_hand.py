@@ -6,6 +6,7 @@ Of our own code only constants are read, and the folder of the tokenizer.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import msgspec
@@ -81,6 +82,47 @@ def run(
     return x
 
 
+def ddim(
+    model: Tiny,
+    predict: Predict,
+    x: Tensor,
+    times: Sequence[int],
+    *,
+    before: Callable[[Tensor], Tensor] = lambda x: x,
+) -> Tensor:
+    """From the first of the training times to the last one. `x`: as models know latents. `before`:
+    what becomes of them before the model is asked."""
+    shares = EulerDiscreteScheduler(**TRAINED).alphas_cumprod.double()
+    for time, then in pairwise(times):
+        share, next_share = shares[time], shares[then]
+        seen = before(x)
+        noise = predict(seen.float(), torch.tensor(time))
+        if model.configs["scheduler"]["prediction_type"] == "v_prediction":
+            noise = share**0.5 * noise + (1 - share) ** 0.5 * seen
+        picture = (x - (1 - share) ** 0.5 * noise) / share**0.5
+        x = next_share**0.5 * picture + (1 - next_share) ** 0.5 * noise
+    return x.float()
+
+
+def lcm(
+    predict: Predict, levels: Sequence[float], times: Sequence[int], prediction_type: str
+) -> Tensor:
+    """Jumps to the picture, of which a little is what it came from, and puts new noise on it."""
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(1, 4, 8, 8, generator=generator) * levels[0]
+    for number, (level, time) in enumerate(zip(levels, times, strict=True)):
+        square = 1 + level**2
+        said = predict(x / square**0.5, torch.tensor(time))
+        denoised = x - level * said
+        if prediction_type == "v_prediction":
+            denoised = x / square - said * (level / square**0.5)
+        scaled = 10 * time
+        x = denoised * scaled / (scaled**2 + 0.25) ** 0.5 + x * 0.25 / (scaled**2 + 0.25)
+        if number < len(times) - 1:
+            x = x + levels[number + 1] * torch.randn(x.shape, generator=generator)
+    return x
+
+
 # Texts
 
 
@@ -112,7 +154,12 @@ def filled_up(tokens: Sequence[int], pad: int) -> list[int]:
 
 
 def encode(
-    model: Tiny, text: str | Sequence[int], *, clip_skip: int = 1, weights: Sequence[float] = ()
+    model: Tiny,
+    text: str | Sequence[int],
+    *,
+    clip_skip: int = 1,
+    weights: Sequence[float] = (),
+    restores_mean: bool = True,
 ) -> Text:
     """A text of up to 75 tokens, or its tokens. `weights`: the attention of each."""
     tokens = words(text) if isinstance(text, str) else text
@@ -124,11 +171,12 @@ def encode(
     if model.family in (SDXL, REFINER):
         states = [output.hidden_states[-2] for output in outputs.values()]
         pooled = outputs["text_encoder_2"].text_embeds
-        return Text(torch.cat([_attended(one, weights) for one in states], -1), pooled)
+        attended = [_attended(one, weights, restores_mean) for one in states]
+        return Text(torch.cat(attended, -1), pooled)
     states = [output.last_hidden_state for output in outputs.values()]
     if clip_skip > 1:
         states = [_norm(model.text_encoder)(outputs["text_encoder"].hidden_states[-clip_skip])]
-    return Text(_attended(states[0], weights))
+    return Text(_attended(states[0], weights, restores_mean))
 
 
 _PADS = {"text_encoder": 49_407, "text_encoder_2": 0}
@@ -139,10 +187,12 @@ def one_after_the_other(texts: Sequence[Text]) -> Text:
     return Text(torch.cat([text.context for text in texts], 1), texts[0].pooled)
 
 
-def _attended(states: Tensor, weights: Sequence[float]) -> Tensor:
+def _attended(states: Tensor, weights: Sequence[float], restores_mean: bool) -> Tensor:
     """Each token's states times its weight, and then all so that their mean is what it was."""
     factors = torch.tensor([1.0, *weights, *[1.0] * (76 - len(weights))])
     changed = states * factors[None, :, None]
+    if not restores_mean:
+        return changed
     return changed * (states.mean() / changed.mean())
 
 

@@ -143,11 +143,15 @@ BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "inpaint_full_res_padding": (0, 16384),
     "initial_noise_multiplier": (0, 10),
     "override_settings.s_churn": (0, 1000),
+    "override_settings.s_min_uncond": (0, 1000),
     "override_settings.s_noise": (0, 10),
     "override_settings.s_tmax": (0, None),
     "override_settings.s_tmin": (0, 1000),
     "override_settings.CLIP_stop_at_last_layers": (1, 12),
     "override_settings.code_former_weight": (0, 1),
+    "override_settings.beta_dist_alpha": (0.01, 10),
+    "override_settings.beta_dist_beta": (0.01, 10),
+    "override_settings.skip_early_cond": (0, 1),
     "override_settings.comma_padding_backtrack": (0, 74),
     "override_settings.eta_ancestral": (0, 10),
     "override_settings.eta_ddim": (0, 10),
@@ -308,7 +312,7 @@ def test_a_reason_does_not_quote_prompts_and_says_little_of_long_values() -> Non
         (
             "txt2img",
             {"override_settings": {"k_sched_type": "steep"}},
-            'override_settings.k_sched_type: got "steep", allowed is one of automatic, uniform,',
+            'override_settings.k_sched_type: got "steep", allowed is one of Automatic, Uniform,',
         ),
         (
             "txt2img",
@@ -370,7 +374,6 @@ def test_bodies_of_real_clients_are_read() -> None:
     assert warnings == [
         "foo: no effect here",
         "override_settings.bar: no effect here",
-        "override_settings.randn_source: no effect here",
         'alwayson_scripts."Tiled VAE": no effect here',
         "width 515: rounded to 512, a multiple of 8",
     ]
@@ -624,6 +627,149 @@ def test_the_second_pass_may_have_a_sampler_of_its_own() -> None:
     for name, wanted in (("", "LMS"), ("Use same sampler", "LMS"), ("Heun", "Heun")):
         params, _ = read(enable_hr=True, sampler_name="LMS", hr_sampler_name=name)
         assert params.hr_sampler.name == wanted
+
+
+@pytest.mark.parametrize(
+    ("words", "kind"),
+    [
+        ("Uniform", "uniform"),
+        ("SGMUniform", "sgm_uniform"),
+        ("KL Optimal", "kl_optimal"),
+        ("kl_optimal", "kl_optimal"),
+        ("Align Your Steps", "align_your_steps"),
+        ("Simple", "simple"),
+        ("normal", "normal"),
+        ("DDIM", "ddim"),
+        ("Beta", "beta"),
+        ("Turbo", "turbo"),
+    ],
+)
+def test_schedule_types_go_by_the_names_of_the_webui(words: str, kind: str) -> None:
+    """Under either version, as a field or behind a sampler's name."""
+    for version in ("1.7", "1.10"):
+        named = read_as(version, sampler_name=f"LCM {words}")
+        by_field = read_as(version, sampler_name="LCM", scheduler=words)
+        for params, warnings in (named, by_field):
+            assert params.spread(params.sampler).kind == kind
+            assert params.sampler.plain_name == "LCM"
+            assert warnings == []
+
+
+def read_as(version: Any, **body: Any) -> tuple[PaintingParams, list[str]]:
+    return parse_painting(sent(body), "txt2img", WebuiSettings(webui_version=version))
+
+
+@pytest.mark.parametrize(
+    ("sampler", "earlier", "later"),
+    [
+        ("Euler", "automatic", "automatic"),
+        ("LMS", "automatic", "automatic"),
+        ("DPM++ 2M", "automatic", "karras"),
+        ("DPM++ SDE", "automatic", "karras"),
+        ("DPM++ 2S a", "automatic", "karras"),
+        ("DPM2", "automatic", "karras"),
+        ("DPM2 a", "automatic", "karras"),
+        ("DPM++ 2M SDE", "automatic", "exponential"),
+        ("DPM++ 2M SDE Heun", "automatic", "exponential"),
+        ("DPM++ 3M SDE", "automatic", "exponential"),
+        ("Restart", "karras", "karras"),
+        ("DPM++ 2M Uniform", "uniform", "uniform"),
+        ("DPM++ 2M SDE Karras", "karras", "karras"),
+    ],
+)
+def test_automatic_is_what_the_version_says(sampler: str, earlier: str, later: str) -> None:
+    for version, kind in (("1.7", earlier), ("1.10", later)):
+        params, warnings = read_as(version, sampler_name=sampler, scheduler="Automatic")
+        assert params.spread(params.sampler).kind == kind
+        assert warnings == []
+
+
+@pytest.mark.parametrize(
+    ("body", "earlier", "later"),
+    [
+        ({"hr_scheduler": "Simple"}, ("DPM++ 2M", "simple"), ("DPM++ 2M", "simple")),
+        (
+            {"hr_scheduler": "Use same scheduler"},
+            ("DPM++ 2M", "exponential"),
+            ("DPM++ 2M", "exponential"),
+        ),
+        ({"hr_scheduler": "Automatic"}, ("DPM++ 2M", "automatic"), ("DPM++ 2M", "karras")),
+        ({"hr_sampler_name": "Euler"}, ("Euler", "automatic"), ("Euler", "exponential")),
+        (
+            {"hr_sampler_name": "Euler", "hr_scheduler": "beta"},
+            ("Euler", "beta"),
+            ("Euler", "beta"),
+        ),
+        (
+            {"hr_sampler_name": "LMS Karras", "hr_scheduler": "LMS"},
+            ("LMS", "karras"),
+            ("LMS", "karras"),
+        ),
+    ],
+)
+def test_the_second_pass_may_have_a_schedule_type_of_its_own(
+    body: dict[str, Any], earlier: tuple[str, str], later: tuple[str, str]
+) -> None:
+    """If not, it is that of the first pass as of 1.9, and of its own sampler before."""
+    for version, wanted in (("1.7", earlier), ("1.10", later)):
+        first = {"sampler_name": "DPM++ 2M Exponential", "enable_hr": True}
+        params, _ = read_as(version, **first, **body)
+        assert params.spread(params.sampler).kind == "exponential"
+        second = params.hr_sampler
+        assert (second.plain_name, params.spread(second).kind) == wanted
+
+
+def test_the_ends_of_levels_take_no_choice_in_a_later_webui() -> None:
+    ends = {"override_settings": {"sigma_min": 0.1, "rho": 5}}
+    params, warnings = read_as("1.10", sampler_name="DPM++ 2M", **ends)
+    spread = params.spread(params.sampler)
+    assert (spread.kind, spread.sigma_min, spread.rho, warnings) == ("karras", 0.1, 5, [])
+    settings = {"k_sched_type": "karras"}
+    params, warnings = read_as("1.10", sampler_name="Euler Beta", override_settings=settings)
+    assert params.spread(params.sampler).kind == "beta"
+    assert warnings == ["override_settings.k_sched_type: no effect on Euler Beta"]
+
+
+@pytest.mark.parametrize(
+    ("body", "warning"),
+    [
+        ({"scheduler": "Fancy"}, 'scheduler "Fancy": no effect on Euler'),
+        ({"scheduler": "Beta", "sampler_name": "DDIM"}, 'scheduler "Beta": no effect on DDIM'),
+        (
+            {"scheduler": "Beta", "sampler_name": "DPM fast"},
+            'scheduler "Beta": no effect on DPM fast Beta',
+        ),
+        (
+            {"hr_scheduler": "Fancy", "enable_hr": True},
+            'hr_scheduler "Fancy": no effect on Euler',
+        ),
+        (
+            {"override_settings": {"beta_dist_alpha": 0.7}},
+            "override_settings.beta_dist_alpha: no effect on the levels of Euler;"
+            " name a k_sched_type",
+        ),
+    ],
+)
+def test_a_schedule_type_without_effect_is_warned_of(body: dict[str, Any], warning: str) -> None:
+    assert read(**body)[1] == [warning]
+
+
+def test_noise_is_of_the_source_that_the_body_or_the_deployment_names() -> None:
+    def source(deployed: Any = "CPU", **settings: Any) -> str:
+        webui = WebuiSettings(randn_source=deployed)
+        params, warnings = parse_painting(sent({"override_settings": settings}), "txt2img", webui)
+        assert warnings == []
+        return params.override_settings.noise_source
+
+    assert [source(), source("NV"), source("GPU")] == ["CPU", "NV", "NV"]
+    assert [source(randn_source=one) for one in ("CPU", "NV", "GPU")] == ["CPU", "NV", "NV"]
+    assert source("NV", randn_source="CPU") == "CPU"
+
+
+def test_what_is_no_field_of_a_body_is_warned_of() -> None:
+    params, warnings = read(units=5, webui_version="1.10")
+    assert warnings == ["units: no effect here", "webui_version: no effect here"]
+    assert (params.units, params.webui_version) == ([], "1.7")
 
 
 def test_settings_say_how_levels_are_spread() -> None:

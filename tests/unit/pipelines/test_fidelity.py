@@ -7,6 +7,7 @@ pixels.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    DDIMScheduler,
     EulerDiscreteScheduler,
     LatentConsistencyModelPipeline,
     LCMScheduler,
@@ -26,7 +28,9 @@ from torch.nn.functional import conv2d, interpolate, leaky_relu
 from services.inference.worker.pipelines import Listener, Result
 from services.inference.worker.pipelines.engine import Engine
 from services.inference.worker.pipelines.sampling.noise import Noise
+from services.inference.worker.pipelines.sampling.philox import PhiloxGenerator
 from services.inference.worker.settings import EngineOptions
+from shared.webui.settings import WebuiSettings
 from tests.unit.pipelines import by_hand, tiny
 from tests.unit.pipelines.bench import SIDE, USUAL, Bench, Seen, base64_of, photo, pixels_of, worst
 from tests.unit.pipelines.conftest import Checkpoints, Same
@@ -107,27 +111,20 @@ def test_a_latent_consistency_model_is_told_its_guidance(
     bench: Bench, checkpoints: Checkpoints, same: Same
 ) -> None:
     model, path = checkpoints["SD 1.x LCM"]
-    pipeline = LatentConsistencyModelPipeline(
-        model.vae,
-        model.text_encoder,
-        by_hand.tokenizer(),
-        model.unet,
-        LCMScheduler(**by_hand.TRAINED),
-        None,
-        None,
-        requires_safety_checker=False,
-    )
-    pipeline.set_progress_bar_config(disable=True)
+    alphas = LCMScheduler(**by_hand.TRAINED).alphas_cumprod.double().numpy()[19::20]
+    times = [999, 672.3333333, 345.6666667, 19]
+    known = np.log((1 - alphas) / alphas) / 2
+    levels = np.exp(np.interp(times, np.arange(19, 1000, 20), known)).tolist()
+    text = by_hand.encode(model, PROMPT)
     for scale in (1.5, 6.5):
-        theirs = pipeline(
-            PROMPT,
-            generator=torch.Generator().manual_seed(7),
-            num_inference_steps=4,
-            guidance_scale=scale,
-            height=64,
-            width=64,
-            output_type="latent",
-        ).images
+        told = LatentConsistencyModelPipeline.get_guidance_scale_embedding(
+            None, torch.tensor([scale - 1]), model.unet.config.time_cond_proj_dim
+        )
+
+        def predict(x: Tensor, time: Any, told: Tensor = told) -> Tensor:
+            return by_hand.ask(model, x, time, text, timestep_cond=told)
+
+        theirs = by_hand.lcm(predict, levels, [999, 679, 339, 19], "epsilon")
         seen = bench.paint(path, sampler_name="LCM", cfg_scale=scale)
         same("LCM with guidance embedding", seen.latents[0], theirs)
 
@@ -187,6 +184,86 @@ def test_late_steps_can_do_without_the_negative_prompt(
         theirs = by_hand.run(model, by_hand.in_turn(calls), by_hand.noise(), 10)
         seen = bench.paint(path, prompt=prompt, s_min_uncond=2, steps=10)
         same("s_min_uncond", seen.latents[0], theirs)
+
+
+@pytest.mark.parametrize(
+    ("settings", "skipped"),
+    [
+        ({"s_min_uncond": 2, "s_min_uncond_all": True}, range(4, 10)),
+        ({"s_min_uncond": 2}, (5, 7, 9)),
+        ({"skip_early_cond": 0.3}, range(4)),
+        ({"skip_early_cond": 0.05, "s_min_uncond": 0.2}, (0, 9)),
+    ],
+)
+def test_settings_say_where_the_negative_prompt_is_left_out(
+    bench: Bench,
+    checkpoints: Checkpoints,
+    same: Same,
+    settings: dict[str, Any],
+    skipped: Sequence[int],
+) -> None:
+    """Of calls 0 to 9, at levels 14.6, 8.6, 5.2, 3.2, 2, 1.3, 0.8, 0.5, 0.3 and 0.03."""
+    model, path = checkpoints["SD 1.x"]
+    usual, text = by_hand.usually_guided(model), by_hand.encode(model, PROMPT)
+    short = by_hand.guided(model, text, text, scale=1.0)
+    calls = [short if number in skipped else usual for number in range(10)]
+    theirs = by_hand.run(model, by_hand.in_turn(calls), by_hand.noise(), 10)
+    seen = bench.paint(path, steps=10, override_settings=settings)
+    same("left out", seen.latents[0], theirs)
+
+
+def test_a_field_goes_before_the_setting_of_its_name(
+    bench: Bench, checkpoints: Checkpoints
+) -> None:
+    _, path = checkpoints["SD 1.x"]
+    told = bench.paint(path, s_min_uncond=0, override_settings={"s_min_uncond": 15})
+    assert torch.equal(told.latents[0], bench.paint(path).latents[0])
+
+
+@pytest.mark.parametrize(("by_steps", "first_calls"), [(True, 2), (False, 1), (None, 2)])
+def test_the_refiner_may_take_over_by_training_time(
+    bench: Bench, checkpoints: Checkpoints, same: Same, by_steps: bool | None, first_calls: int
+) -> None:
+    """From 0.3 on: of 4 steps, at 0, 0.25, …, or of the times 999, 666, 333 and 0."""
+    (base, path), (refiner, refiner_path) = checkpoints["SDXL"], checkpoints["SDXL refiner"]
+    first = by_hand.usually_guided(base)
+    then = by_hand.usually_guided(refiner, negative_sizes=(64, 64, 0, 0, 2.5))
+    calls = [first] * first_calls + [then] * (4 - first_calls)
+    theirs = by_hand.run(base, by_hand.in_turn(calls), by_hand.noise())
+    seen = bench.paint(
+        path,
+        beside={refiner_path: "Stable-diffusion"},
+        refiner_checkpoint=refiner_path.name,
+        refiner_switch_at=0.3,
+        override_settings={} if by_steps is None else {"refiner_switch_by_sample_steps": by_steps},
+    )
+    same("refiner by training time", seen.latents[0], theirs)
+
+
+def test_a_deployment_may_follow_a_later_webui_and_draw_as_a_gpu(
+    checkpoints: Checkpoints, same: Same, tmp_path: Path
+) -> None:
+    """As of 1.9, Automatic is Karras for DPM++ 2M, and for the second pass what it says."""
+    model, path = checkpoints["SD 1.x"]
+    later = Bench(tmp_path, WebuiSettings(webui_version="1.10", randn_source="GPU"))
+    seen = later.paint(path, sampler_name="DPM++ 2M")
+    fields = seen.info["infotexts"][0]
+    assert "Sampler: DPM++ 2M, Schedule type: Karras, " in fields
+    assert "RNG: NV, " in fields
+    assert seen.info["sampler_name"] == "DPM++ 2M"
+    by_name = later.paint(path, sampler_name="DPM++ 2M Karras")
+    by_field = later.paint(path, sampler_name="DPM++ 2M", scheduler="karras")
+    for other in (by_name, by_field):
+        assert torch.equal(other.latents[0], seen.latents[0])
+    uniform = later.paint(path, sampler_name="Euler")
+    drawn = PhiloxGenerator(7).randn((1, 4, 8, 8))
+    theirs = by_hand.run(model, by_hand.usually_guided(model), drawn)
+    same("noise of a GPU", uniform.latents[0], theirs)
+    assert "Sampler: Euler, Schedule type: Automatic, " in uniform.info["infotexts"][0]
+    hires: dict[str, Any] = {"enable_hr": True, "hr_scale": 1.5, "sampler_name": "DPM++ 2M"}
+    second = later.paint(path, hr_scheduler="Simple", **hires)
+    assert "Hires schedule type: Simple" in second.info["infotexts"][0]
+    assert worst(second.latents[-1], later.paint(path, **hires).latents[-1]) > 0.01
 
 
 @pytest.mark.parametrize(
@@ -332,6 +409,34 @@ def test_inpainting_paints_what_is_masked(
     before, painted = np.asarray(picture, np.int16), by_hand.decode(model, theirs)
     assert worst(seen.pixels[0], np.where(MASKED, painted, before)) <= 1
     assert worst(np.where(MASKED, 0, seen.pixels[0]), np.where(MASKED, 0, before)) == 0
+
+
+@pytest.mark.parametrize("kind", ["SD 1.x", "SD 2.x v"])
+@pytest.mark.parametrize(("steps", "times"), [(10, (501, 401)), (12, (499, 416))])
+def test_ddim_puts_the_mask_on_before_it_asks(
+    bench: Bench,
+    checkpoints: Checkpoints,
+    same: Same,
+    kind: str,
+    steps: int,
+    times: tuple[int, int],
+) -> None:
+    """The picture without noise, as in the webui; it is put back once more in the end. `times`: of
+    the noise, and the one that it is taken for."""
+    model, path = checkpoints[kind]
+    latents = by_hand.encode_picture(model, photo())
+    shares = DDIMScheduler(**by_hand.TRAINED).alphas_cumprod
+    noised, started = times
+
+    def put_back(x: Tensor) -> Tensor:
+        return latents * KEEP + x * (1 - KEEP)
+
+    drawn = shares[noised] ** 0.5 * latents + (1 - shares[noised]) ** 0.5 * by_hand.noise()
+    run = range(started, 0, -(1000 // steps))
+    predict = by_hand.usually_guided(model)
+    theirs = put_back(by_hand.ddim(model, predict, drawn, run, before=put_back))
+    seen = inpaint(bench, path, photo(), sampler_name="DDIM", steps=steps)
+    same("inpainting, DDIM", seen.latents[0], theirs)
 
 
 def test_what_is_masked_may_begin_as_something_else(

@@ -10,7 +10,7 @@ import pytest
 
 from services.inference.worker.pipelines import JobFailure
 from services.inference.worker.pipelines.pictures import files
-from services.inference.worker.pipelines.plotting import AXES
+from services.inference.worker.pipelines.plotting import AXES, axes_of
 from services.inference.worker.settings import EngineOptions
 from shared.webui.settings import WebuiSettings
 from tests.unit.pipelines.easel import CHECKPOINT, Done, Easel, job_of, read_back
@@ -60,6 +60,21 @@ def test_axes_have_the_numbers_of_the_webui() -> None:
         "Sampler",
     ]
     assert (names["txt2img"].index("VAE"), names["img2img"].index("VAE")) == (27, 26)
+
+
+def test_axes_have_other_numbers_in_a_later_webui() -> None:
+    assert axes_of("1.7") == [*AXES]
+    later = [axis.label for axis in axes_of("1.10") if axis.only in ("", "txt2img")]
+    assert [later.index(name) for name in ("Schedule rho", "Beta schedule alpha", "VAE")] == [
+        20,
+        21,
+        29,
+    ]
+    assert later[-3:] == ["RNG source", "FP8 mode", "Size"]
+    body: dict[str, Any] = {}
+    for label, value in (("Schedule type", "Beta"), ("Size", "512 x 768")):
+        next(axis for axis in axes_of("1.10") if axis.label == label).apply(body, value, [])
+    assert body == {"scheduler": "Beta", "width": "512", "height": "768"}
 
 
 def test_a_plot_is_one_however_its_json_is_written(easel: Easel) -> None:

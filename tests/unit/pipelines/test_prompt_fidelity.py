@@ -65,6 +65,31 @@ def weighted(model: Tiny, pieces: Sequence[tuple[str, float]]) -> Text:
     )
 
 
+@pytest.mark.parametrize("kind", ["SD 1.x", "SDXL"])
+def test_emphasis_may_be_another(
+    bench: Bench, checkpoints: Checkpoints, same: Same, kind: str
+) -> None:
+    """The webui's setting of 1.8, and what 1.7 has in place of it."""
+    model, path = checkpoints[kind]
+    prompt, pieces = "a (ball:1.5) [sea]", [("a", 1.0), ("ball", 1.5), ("sea", 1 / 1.1)]
+    tokens = [(token, weight) for piece, weight in pieces for token in by_hand.words(piece)]
+    ids, weights = zip(*tokens, strict=True)
+    plain = by_hand.encode(model, "a ball sea")
+    literal = by_hand.encode(model, prompt)
+    unnormed = by_hand.encode(model, ids, weights=weights, restores_mean=False)
+    for settings, text in (
+        ({"emphasis": "No norm"}, unnormed),
+        ({"emphasis": "Ignore"}, plain),
+        ({"emphasis": "None"}, literal),
+        ({"enable_emphasis": False}, literal),
+        ({"emphasis": "Original"}, weighted(model, pieces)),
+    ):
+        seen = bench.paint(path, prompt=prompt, override_settings=settings)
+        same(f"emphasis, {kind}", seen.latents[0], painted(model, text))
+        told = {"enable_emphasis": "None"}.get(*settings) or settings["emphasis"]
+        assert (f"Emphasis: {told}" in seen.info["infotexts"][0]) is (told != "Original")
+
+
 # Long texts
 
 

@@ -1,9 +1,9 @@
 """Every sampler on the trained demo checkpoint, against its twin in diffusers.
 
 The twin runs its own steps on the same UNet, the same first noise and the same noise on the way. It
-is given the levels of k-diffusion, computed here from their formulas: diffusers' own are for other
-numbers of steps, and it rounds training times. Samplers without a twin are tested on data for which
-the solution is known.
+is given the levels of k-diffusion, or the training times of the webui, computed here from their
+formulas: diffusers' own are for other numbers of steps, and it rounds training times. Samplers
+without a twin are tested on data for which the solution is known.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from diffusers import (
     HeunDiscreteScheduler,
     KDPM2AncestralDiscreteScheduler,
     KDPM2DiscreteScheduler,
-    LCMScheduler,
     LMSDiscreteScheduler,
     PNDMScheduler,
     UniPCMultistepScheduler,
@@ -74,8 +73,9 @@ def predict(demo: Tiny) -> Predict:
 
 
 def trained_levels() -> Levels:
-    alphas = np.asarray(EulerDiscreteScheduler(**TRAINED).alphas_cumprod, np.float64)
-    rising: Levels = np.sqrt((1 - alphas) / alphas)
+    """In single precision, as k-diffusion has them: noise of an SDE is looked up by level."""
+    alphas = EulerDiscreteScheduler(**TRAINED).alphas_cumprod
+    rising: Levels = ((1 - alphas) / alphas).sqrt().double().numpy()
     return rising
 
 
@@ -101,6 +101,26 @@ def exponential(count: int) -> Levels:
     return levels
 
 
+def even_alphas(steps: int, start: float = 999) -> Levels:
+    """Logarithms of alphas are interpolated between training times, and the last is time 0, which
+    diffusers puts there itself. As many as the webui has times for so many steps."""
+    count = len(stride(steps)) if start == 999 else steps
+    alphas = np.log(np.asarray(EulerDiscreteScheduler(**TRAINED).alphas_cumprod, np.float64))
+    times = np.linspace(start, 0, count + 1)[:-1]
+    levels: Levels = np.sqrt(np.expm1(-np.interp(times, np.arange(1000), alphas)))
+    return levels
+
+
+def stride(steps: int) -> list[int]:
+    """Every so manieth training time from 1 on, falling."""
+    return [*range(1, 1001, 1000 // steps)][::-1]
+
+
+def improved(times: list[int]) -> list[int]:
+    """PNDM asks twice for the second one."""
+    return [times[0], times[1], *times[1:]]
+
+
 def less_the_last_but_one(spread: Callable[[int], Levels]) -> Callable[[int], Levels]:
     return lambda count: spread(count + 1)[:-1]
 
@@ -109,12 +129,14 @@ def less_the_last_but_one(spread: Callable[[int], Levels]) -> Callable[[int], Le
 
 
 class Twin(msgspec.Struct, frozen=True):
-    """`levels`: given to the scheduler, which has them from its own paper if there are none.
-    `brownian`: the noise of a step is given to it. `within`: see `Same`."""
+    """`levels` or training `times`: given to the scheduler. `by_alpha`: how it comes from levels to
+    times. `brownian`: the noise of a step is given to it. `within`: see `Same`."""
 
     scheduler: Any
     options: dict[str, Any] = {}
     levels: Callable[[int], Levels] | None = None
+    times: Callable[[int], list[int]] | None = None
+    by_alpha: bool = False
     brownian: bool = False
     within: float = 1e-4
 
@@ -155,17 +177,30 @@ TWINS: dict[str, Twin] = {
     "DPM++ 2M Karras": Twin(DPMSolverMultistepScheduler, PLUS, karras),
     "DPM++ SDE": Twin(DPMSolverSDEScheduler, {"noise_sampler_seed": [7]}, even_times),
     "DPM++ SDE Karras": Twin(DPMSolverSDEScheduler, {"noise_sampler_seed": [7]}, karras),
-    "DDIM": Twin(DDIMScheduler, {**ONE_STRIDE, "clip_sample": False}),
+    "DDIM": Twin(
+        DDIMScheduler,
+        {**ONE_STRIDE, "clip_sample": False},
+        times=lambda steps: stride(steps)[:-1],  # the last one is where it ends
+    ),
     # PNDM averages what the model says; in its paper, and here, that is noise.
     "PLMS": Twin(
-        PNDMScheduler, {**ONE_STRIDE, "skip_prk_steps": True, "prediction_type": "epsilon"}
+        PNDMScheduler,
+        {**ONE_STRIDE, "skip_prk_steps": True, "prediction_type": "epsilon"},
+        times=lambda steps: improved(stride(steps)[:-1]),
     ),
     "UniPC": Twin(
         UniPCMultistepScheduler,
-        {"solver_order": 3, "solver_type": "bh1", "final_sigmas_type": "sigma_min"},
+        {
+            "solver_order": 3,
+            "solver_type": "bh1",
+            "final_sigmas_type": "sigma_min",
+            "prediction_type": "epsilon",
+        },
+        even_alphas,
+        by_alpha=True,
     ),
-    "LCM": Twin(LCMScheduler),
 }
+TRAINING_TIMES = ["DDIM", "PLMS", "UniPC"]
 for ending, spread in (("", even_times), (" Karras", karras), (" Exponential", exponential)):
     for name, options, levels_of in (
         ("DPM++ 2M SDE", SDE, spread),
@@ -175,26 +210,33 @@ for ending, spread in (("", even_times), (" Karras", karras), (" Exponential", e
         # The larger the last steps, the more noise is looked up at levels that differ in a digit.
         TWINS[name + ending] = Twin(ThirdOrder, options, levels_of, brownian=True, within=2e-4)
 WITHOUT_TWIN = {"DPM++ 2S a", "DPM++ 2S a Karras", "DPM fast", "DPM adaptive", "Restart"}
+BY_HAND = {"LCM"}
 
 
 def test_every_sampler_is_tested() -> None:
-    assert SAMPLERS.keys() == TWINS.keys() | WITHOUT_TWIN
+    assert SAMPLERS.keys() == TWINS.keys() | WITHOUT_TWIN | BY_HAND
 
 
 def scheduler_of(twin: Twin, steps: int) -> Any:
     if twin.levels is None:
         scheduler = twin.scheduler(**{**TRAINED, **twin.options})
         scheduler.set_timesteps(steps)
+        if twin.times is not None:
+            scheduler.timesteps = torch.tensor(twin.times(steps))
         return scheduler
-    scheduler = twin.scheduler(**TRAINED, use_karras_sigmas=True, **twin.options)
+    scheduler = twin.scheduler(**{**TRAINED, "use_karras_sigmas": True, **twin.options})
     levels = twin.levels(steps)
     scheduler._convert_to_karras = lambda in_sigmas, num_inference_steps=None: levels
     scheduler.set_timesteps(steps)
     scheduler.set_begin_index(0)
     # Some schedulers round to whole training times; k-diffusion does not.
     exact = np.interp(np.log(levels), np.log(trained_levels()), np.arange(1000))
+    if twin.by_alpha:
+        alphas = np.log1p(trained_levels() ** 2)  # their negative logarithms
+        exact = np.interp(np.log1p(levels**2), alphas, np.arange(1000))
+        scheduler.sigmas[-1] = trained_levels()[0]
     times = scheduler.timesteps.double()
-    if len(times) == steps:
+    if len(times) == len(levels):
         times = torch.from_numpy(exact)
     elif isinstance(scheduler, KDPM2DiscreteScheduler | KDPM2AncestralDiscreteScheduler):
         times[::2] = torch.from_numpy(exact)  # the others are those of midpoints
@@ -208,20 +250,22 @@ def by_twin(
     steps: int = 10,
     *,
     picture: Tensor | None = None,
-    first: int = 0,
+    noised: int | None = None,
     whole: Levels | None = None,
     **more: Any,
 ) -> Tensor:
-    """Its own loop: from noise, or from a picture's latents, of which the `first` steps are left
-    out. `whole`: the levels of the run whose last steps are taken. Returns the last latents."""
+    """Its own loop: from noise, or from a picture's latents with noise of the first level, or of
+    the training time `noised`. `whole`: the levels of the run whose last steps are taken. Returns
+    the last latents."""
     scheduler = scheduler_of(twin, steps)
     generator = torch.Generator().manual_seed(7)
     x: Tensor = torch.randn(1, 4, 8, 8, generator=generator)
     levels: Any = scheduler.sigmas if twin.levels is not None else None
-    if picture is not None:
-        if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(first)
-        x = scheduler.add_noise(picture, x, scheduler.timesteps[first : first + 1])
+    if noised is not None:
+        share = scheduler.alphas_cumprod[noised]
+        x = share**0.5 * picture + (1 - share) ** 0.5 * x
+    elif picture is not None:
+        x = scheduler.add_noise(picture, x, scheduler.timesteps[:1])
     elif isinstance(scheduler, DPMSolverMultistepScheduler):  # x / sqrt(1 + level**2) there
         x = x * levels[0] / (1 + levels[0] ** 2) ** 0.5
     else:
@@ -232,13 +276,13 @@ def by_twin(
     if twin.brownian:
         ends = levels[levels > 0] if whole is None else torch.tensor(whole)
         tree = BrownianTreeNoiseSampler(x, ends.min(), ends.max(), seed=[7])
-    for number, time in enumerate(scheduler.timesteps[first:], first):
+    for number, time in enumerate(scheduler.timesteps):
         if twin.brownian:
             now, then = levels[number], levels[number + 1]
             more["variance_noise"] = tree(now, then) if then > 0 else torch.zeros_like(x)
         prediction = predict(scheduler.scale_model_input(x, time), time)
         if scheduler.config.prediction_type == "epsilon":  # the model predicts v
-            share = scheduler.alphas_cumprod[int(time)]
+            share = scheduler.alphas_cumprod[int(time + 1e-4)]
             prediction = share**0.5 * prediction + (1 - share) ** 0.5 * x
         x = scheduler.step(prediction, time, x, return_dict=False, **more)[0]
     return x
@@ -277,13 +321,38 @@ def test_ddim_adds_as_much_noise_as_it_is_told(bench: Bench, predict: Predict, s
     same("DDIM, eta 0.7", seen.latents[0], theirs, within=1e-4)
 
 
-@pytest.mark.parametrize("sampler", ["Euler", "Heun", "DPM++ 2M", "DPM2"])
+@pytest.mark.parametrize(
+    ("sampler", "steps"),
+    [
+        *((sampler, 7) for sampler in ("Euler", "Heun", "DPM++ 2M", "DPM2")),
+        *((sampler, steps) for sampler in TRAINING_TIMES for steps in (7, 12, 15)),
+    ],
+)
 def test_other_numbers_of_steps_have_levels_in_between(
-    bench: Bench, predict: Predict, same: Same, sampler: str
+    bench: Bench, predict: Predict, same: Same, sampler: str, steps: int
 ) -> None:
-    theirs = by_twin(TWINS[sampler], predict, 7)
-    seen = bench.paint(DEMO, sampler_name=sampler, **{**BODY, "steps": 7})
-    same(f"{sampler}, 7 steps", seen.latents[0], theirs, within=1e-4)
+    """Those that go through training times may make more steps than were asked for."""
+    theirs = by_twin(TWINS[sampler], predict, steps)
+    seen = bench.paint(DEMO, sampler_name=sampler, **{**BODY, "steps": steps})
+    same(f"{sampler}, {steps} steps", seen.latents[0], theirs, within=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("steps", "times", "asked"),
+    [
+        (4, [999, 672.3333, 345.6667, 19], [999, 679, 339, 19]),
+        (3, [999, 509, 19], [999, 499, 19]),
+    ],
+)
+def test_lcm_has_levels_between_the_times_that_its_models_are_asked_at(
+    bench: Bench, predict: Predict, same: Same, steps: int, times: list[float], asked: list[int]
+) -> None:
+    """They know every 20th time, from 19 on, and are asked at the nearest one."""
+    known = np.arange(19, 1000, 20)
+    levels = np.exp(np.interp(times, known, np.log(trained_levels()[known])))
+    theirs = by_hand.lcm(predict, levels.tolist(), asked, "v_prediction")
+    seen = bench.paint(DEMO, sampler_name="LCM", **{**BODY, "steps": steps})
+    same(f"LCM, {steps} steps", seen.latents[0], theirs, within=1e-4)
 
 
 @pytest.mark.parametrize("sampler", ["Euler", "Heun"])
@@ -323,17 +392,22 @@ def denoised_of(predict: Predict, scheduler: Any, x: Tensor, level: float) -> Te
 # From a picture
 
 
-@pytest.mark.parametrize("sampler", ["DDIM", "UniPC", "LCM", "DPM++ 2M", "DPM++ 2M SDE", "LMS"])
+@pytest.mark.parametrize("sampler", ["DDIM", "UniPC", "DPM++ 2M", "DPM++ 2M SDE", "LMS"])
 def test_a_sampler_begins_in_the_middle_as_its_twin_does(
     bench: Bench, demo: Tiny, predict: Predict, same: Same, sampler: str
 ) -> None:
     """img2img: the last 6 of 10 steps. k-diffusion knows nothing of those before, but the webui
-    draws the noise of an SDE for the whole run."""
+    draws the noise of an SDE for the whole run. Those that go through training times begin one
+    time below that of the noise, and UniPC makes as many even steps of what is left."""
     picture = Image.new("RGB", (64, 64), (200, 60, 30))
     picture.paste((30, 60, 200), (0, 30, 64, 64))
     latents, twin = by_hand.encode_picture(demo, picture), TWINS[sampler]
-    if twin.levels is None:
-        theirs = by_twin(twin, predict, picture=latents, first=4)
+    if sampler == "DDIM":
+        last = msgspec.structs.replace(twin, times=lambda steps: [401, 301, 201, 101])
+        theirs = by_twin(last, predict, picture=latents, noised=501)
+    elif sampler == "UniPC":
+        last = msgspec.structs.replace(twin, levels=lambda steps: even_alphas(5, 401))
+        theirs = by_twin(last, predict, 5, picture=latents, noised=501)
     else:
         last = msgspec.structs.replace(twin, levels=lambda steps: even_times(10)[4:])
         theirs = by_twin(last, predict, 6, picture=latents, whole=even_times(10))

@@ -11,16 +11,19 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
+from diffusers.schedulers.scheduling_dpmsolver_sde import BrownianTreeNoiseSampler
 from torch import Generator, Tensor
+from torchsde._brownian import brownian_interval
 
 from services.inference.worker.pipelines.painting import MOST_STEPS, all_seeds, img2img_steps
 from services.inference.worker.pipelines.params.painting import PaintingParams
-from services.inference.worker.pipelines.sampling import schedulers
 from services.inference.worker.pipelines.sampling.names import SAMPLERS, Sampler
 from services.inference.worker.pipelines.sampling.noise import Noise, slerp
+from services.inference.worker.pipelines.sampling.philox import PhiloxGenerator
 from services.inference.worker.pipelines.sampling.samplers import (
     Options,
     Run,
@@ -28,6 +31,7 @@ from services.inference.worker.pipelines.sampling.samplers import (
     split_ancestral,
 )
 from services.inference.worker.pipelines.sampling.schedules import (
+    KINDS,
     NoiseSchedule,
     Sigmas,
     Spread,
@@ -77,16 +81,19 @@ def drive(
     whole: Sigmas | None = None,
     **options: Any,
 ) -> tuple[Tensor, list[float]]:
-    """The last latents, and the levels that the model was asked at."""
+    """The last latents, and the levels that the model was asked at. `whole`: of a run that begins
+    higher, unless it is said."""
     _, *shape = x.shape
     noise = Noise((shape[0], shape[1], shape[2]), seeds or range(len(x)), CPU)
-    run = Run(x, sigmas, whole or sigmas, noise, schedule, Options(**options))
+    known = PLAIN["LCM"].schedule(schedule) if sampler is PLAIN["LCM"].function else schedule
+    whole = whole or [sigmas[0] + 1, *sigmas]
+    run = Run(x, sigmas, whole, noise, known, Options(**options))
     sampling, asked = sampler(run), list[float]()
     query = next(sampling)
     while True:
         asked.append(query[1])
         try:
-            query = sampling.send(denoise(*query))
+            query = sampling.send(denoise(*query[:2]))
         except StopIteration as end:
             result: Tensor = end.value
             return result, asked
@@ -178,23 +185,171 @@ def test_the_last_level_but_one_may_be_left_out() -> None:
     assert SAMPLERS["DPM2 a Karras"].sigmas(SCHEDULE, 5) == [*whole[:5], 0]
 
 
-def test_ddim_and_plms_run_through_the_times_of_their_paper() -> None:
+TIMES = {
+    10: [901, 801, 701, 601, 501, 401, 301, 201, 101, 1],
+    12: [997, 914, 831, 748, 665, 582, 499, 416, 333, 250, 167, 84, 1],
+    15: [991, 925, 859, 793, 727, 661, 595, 529, 463, 397, 331, 265, 199, 133, 67, 1],
+    30: [*range(991, 0, -33)],
+    150: [*range(997, 0, -6)],
+    300: [999, *range(997, 0, -3)],
+}
+"""What the webui goes through: every (1000 // steps)th time from 1 on, none above 999."""
+
+
+@pytest.mark.parametrize("steps", TIMES)
+def test_ddim_and_plms_run_through_the_times_of_the_webui(steps: int) -> None:
     for name in ("DDIM", "PLMS"):
         sampler = SAMPLERS[name]
-        times = [901, 801, 701, 601, 501, 401, 301, 201, 101, 1, 0]
-        assert sampler.sigmas(SCHEDULE, 10) == [SCHEDULE.sigmas[time] for time in times]
-        # 1000 / 30 is no whole number: strides of 33.
-        thirty = [SCHEDULE.time_of(sigma) for sigma in sampler.sigmas(SCHEDULE, 30)]
-        assert thirty == pytest.approx([*range(958, 0, -33), 0], abs=0.01)
-        assert sampler.sigmas(SCHEDULE, 1) == [SCHEDULE.highest, SCHEDULE.lowest]
+        assert sampler.sigmas(SCHEDULE, steps) == [SCHEDULE.sigmas[time] for time in TIMES[steps]]
+        assert sampler.sigmas(SCHEDULE, 1) == [SCHEDULE.highest, SCHEDULE.sigmas[1]]
         assert sampler.sigmas(SCHEDULE, 5, Spread("karras")) == sampler.sigmas(SCHEDULE, 5)
+        less = Spread(drop_last_but_one=True)
+        assert sampler.sigmas(SCHEDULE, 29, less) == sampler.sigmas(SCHEDULE, 30)
+
+
+def test_unipc_makes_even_steps_in_time() -> None:
+    """As many as the webui has times: 16 for 15."""
+    for steps, count in ((10, 10), (15, 16), (30, 31)):
+        sigmas = SAMPLERS["UniPC"].sigmas(SCHEDULE, steps)
+        times = [SCHEDULE.time_by_alpha(sigma) for sigma in sigmas]
+        assert times == pytest.approx([999 - 999 * n / count for n in range(count + 1)], abs=1e-6)
+    # Between two training times it is the logarithm of alpha that is interpolated.
+    zero, one = (1 + SCHEDULE.sigmas[time] ** 2 for time in (0, 1))
+    between = math.sqrt(math.exp((math.log(zero) + math.log(one)) / 2) - 1)
+    assert SCHEDULE.sigma_by_alpha(0.5) == pytest.approx(between)
+    assert SCHEDULE.time_by_alpha(between) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "taken", "noised", "times"),
+    [
+        ("DDIM", 20, 16, 751, [*range(701, 0, -50)]),
+        ("DDIM", 15, 8, 463, [397, 331, 265, 199, 133, 67, 1]),
+        ("PLMS", 20, 3, 101, [51, 1]),
+        ("DDIM", 20, 2, 51, [51, 1]),
+        ("DDIM", 20, 1, 51, [51, 1]),
+        ("DDIM", 1, 1, 999, [999, 1]),
+        ("UniPC", 20, 16, 751, [701 - 701 * n / 15 for n in range(16)]),
+    ],
+)
+def test_img2img_begins_one_time_below_its_noise(
+    name: str, steps: int, taken: int, noised: int, times: list[float]
+) -> None:
+    """With samplers that go through training times, as in the webui; but at least one step."""
+    level, sigmas = SAMPLERS[name].img2img_sigmas(SCHEDULE, steps, taken)
+    assert level == SCHEDULE.sigmas[noised]
+    assert [SCHEDULE.time_by_alpha(sigma) for sigma in sigmas] == pytest.approx(times, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("steps", "times"),
+    [(4, [999, 672.33333, 345.66667, 19]), (3, [999, 509, 19]), (1, [999]), (2, [999, 19])],
+)
+def test_lcm_has_levels_between_every_20th_time(steps: int, times: list[float]) -> None:
+    known = [SCHEDULE.sigmas[time] for time in range(19, 1000, 20)]
+    wanted = []
+    for time in times:
+        place, part = divmod((time - 19) / 20, 1)
+        two = known[int(place)], known[min(int(place) + 1, 49)]
+        wanted.append(two[0] ** (1 - part) * two[1] ** part)
+    assert SAMPLERS["LCM"].sigmas(SCHEDULE, steps) == pytest.approx([*wanted, 0], rel=1e-5)
+
+
+def at_times(*times: int) -> list[float]:
+    return [SCHEDULE.sigmas[time] for time in times] + [0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "steps", "sigmas"),
+    [
+        ("normal", 10, at_times(*range(999, -1, -111))),
+        ("simple", 8, at_times(999, 874, 749, 624, 499, 374, 249, 124)),
+        ("simple", 3, at_times(999, 666, 333)),
+        ("simple", 7, at_times(999, 857, 714, 571, 428, 285, 142)),
+        ("ddim", 10, at_times(*range(901, 0, -100))),
+        ("ddim", 12, at_times(*TIMES[12])),
+        ("ddim", 30, at_times(*TIMES[30])),
+        ("turbo", 4, at_times(999, 749, 499, 249)),
+        ("turbo", 3, at_times(999, 666, 332)),
+        (
+            "align_your_steps",
+            11,
+            [14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029, 0],
+        ),
+        ("align_your_steps", 6, [14.615, 3.861, 1.886, 0.963, 0.399, 0.029, 0]),
+        ("align_your_steps", 3, [14.615, 1.396, 0.029, 0]),
+        (
+            "align_your_steps",
+            4,
+            [
+                14.615,
+                2.697 ** (2 / 3) * 1.886 ** (1 / 3),
+                0.963 ** (1 / 3) * 0.652 ** (2 / 3),
+                0.029,
+                0,
+            ],
+        ),
+    ],
+)
+def test_levels_are_those_of_the_table(kind: str, steps: int, sigmas: list[float]) -> None:
+    assert Spread(kind).sigmas(SCHEDULE, steps) == pytest.approx(sigmas, rel=2e-3)
+
+
+def test_other_levels_are_best_for_sdxl() -> None:
+    sdxl = Spread("align_your_steps", sdxl=True).sigmas(SCHEDULE, 6)
+    assert sdxl == pytest.approx([14.615, 3.771, 1.342, 0.555, 0.234, 0.029, 0])
+
+
+def test_kl_optimal_levels_end_at_the_lowest_and_not_at_0() -> None:
+    """Even steps of the angle whose tangent the level is."""
+    sigmas = Spread("kl_optimal").sigmas(SCHEDULE, 15)
+    angles = [math.degrees(math.atan(sigma)) for sigma in sigmas]
+    first, last = (math.degrees(math.atan(x)) for x in (SCHEDULE.highest, SCHEDULE.lowest))
+    assert (first, last) == pytest.approx((86.0857, 1.6705), abs=1e-3)
+    assert angles == pytest.approx([first + (last - first) * n / 15 for n in range(16)], abs=1e-9)
+    less = Spread("kl_optimal", drop_last_but_one=True).sigmas(SCHEDULE, 14)
+    assert less == [*sigmas[:14], sigmas[15]]
+
+
+def test_beta_levels_are_quantiles_of_the_distribution() -> None:
+    """Of that of 0.5 and 0.5 they are known: squares of sines."""
+    sigmas = Spread("beta", alpha=0.5, beta=0.5).sigmas(SCHEDULE, 9)
+    low, high = SCHEDULE.lowest, SCHEDULE.highest
+    shares = [(sigma - low) / (high - low) for sigma in sigmas[:-1]]
+    assert shares == pytest.approx([math.sin(math.pi * n / 16) ** 2 for n in range(8, -1, -1)])
+    even = Spread("beta", alpha=1, beta=1).sigmas(SCHEDULE, 3)
+    assert even == pytest.approx([high, (low + high) / 2, low, 0])
+    usual = Spread("beta").sigmas(SCHEDULE, 3)
+    assert usual == Spread("beta", alpha=0.6, beta=0.6).sigmas(SCHEDULE, 3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kind_of_levels_depends_on_what_it_says(kind: str) -> None:
+    options = {"sigma_min": 0.1, "sigma_max": 10.0, "rho": 3.0, "alpha": 0.9, "beta": 0.3}
+    usual = Spread(kind).sigmas(SCHEDULE, 7)
+    for option, value in options.items():
+        spread = Spread(kind, **{option: value})  # type: ignore[arg-type]
+        assert (spread.sigmas(SCHEDULE, 7) != usual) is spread.follows(option)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 20, 50, 150])
+def test_levels_of_every_kind_fall(kind: str, steps: int) -> None:
+    for drops in (False, True):
+        sigmas = Spread(kind, drop_last_but_one=drops).sigmas(SCHEDULE, steps)
+        assert len(sigmas) >= steps + 1
+        assert all(high > low >= 0 for high, low in pairwise(sigmas))
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-@pytest.mark.parametrize("steps", [1, 2, 3, 10, 20, 50, 150])
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 20, 50, 150, 1000])
 def test_levels_fall(name: str, steps: int) -> None:
-    sigmas = SAMPLERS[name].sigmas(SCHEDULE, steps)
-    assert len(sigmas) == steps + 1
+    sampler = SAMPLERS[name]
+    sigmas = sampler.sigmas(SCHEDULE, steps)
+    if sampler.levels is None:
+        assert len(sigmas) == steps + 1
+    if steps == 1000 and name in ("DDIM", "PLMS"):
+        del sigmas[0]  # 999 is there twice, in place of 1000
     assert all(high > low >= 0 for high, low in pairwise(sigmas))
     if steps >= 10:
         assert sigmas[0] > 4  # hardly anything of a picture is to be seen there
@@ -221,11 +376,88 @@ def test_a_picture_s_noise_depends_on_its_seed_alone() -> None:
         assert torch.equal(then[number], alone[1])
 
 
-def test_one_picture_s_noise_can_be_had_alone() -> None:
-    both = noise(7, 8)
-    both.first()
-    assert torch.equal(both.of(1).next()[0], drawn(8, (4, 8, 8), (4, 8, 8))[1])
-    assert both.of(1).seeds == [8]
+TORCH_CUDA = [
+    [-0.92466259, -0.42534415, -2.6438457, 0.14518388],
+    [-0.12086647, -0.57972564, -0.62285122, -0.32838709],
+    [-1.07454231, -0.36314407, -1.67105067, 2.26550497],
+]
+"""`torch.randn(3, 4, device="cuda")` with the seed 0."""
+
+
+def philox(counter: list[int], key: list[int]) -> list[int]:
+    """Philox 4x32-10, one number after the other."""
+    for _ in range(10):
+        one, two = counter[0] * 0xD2511F53, counter[2] * 0xCD9E8D57
+        counter = [
+            two >> 32 ^ counter[1] ^ key[0],
+            two % 2**32,
+            one >> 32 ^ counter[3] ^ key[1],
+            one % 2**32,
+        ]
+        key = [(key[0] + 0x9E3779B9) % 2**32, (key[1] + 0xBB67AE85) % 2**32]
+    return counter
+
+
+def test_noise_of_a_gpu_is_that_of_its_generator() -> None:
+    assert philox([0, 0, 0, 0], [0, 0]) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    drawn = PhiloxGenerator(0).randn((3, 4))
+    assert drawn.dtype == torch.float32
+    assert torch.allclose(drawn, torch.tensor(TORCH_CUDA), rtol=0, atol=3e-7)
+    unit, turn = (float(np.float32(x)) for x in (2.3283064e-10, 2.3283064e-10 * 6.2831855))
+    for seed in (7, 2**32 + 5, 2**64 - 1):
+        generator = PhiloxGenerator(seed)
+        for offset in (0, 1):
+            wanted = []
+            for number in range(20):
+                first, second, *_ = philox([offset, 0, number, 0], [seed % 2**32, seed >> 32])
+                radius = math.sqrt(-2 * math.log(first * unit + unit / 2))
+                wanted.append(radius * math.sin(second * turn + turn / 2))
+            assert generator.randn((20,)).tolist() == np.array(wanted, np.float32).tolist()
+
+
+def test_all_noise_is_of_one_source() -> None:
+    """Variations, other sizes, later noise and that of an SDE."""
+
+    def gpu(seed: int, *shapes: tuple[int, ...]) -> list[Tensor]:
+        generator = PhiloxGenerator(seed)
+        return [generator.randn(shape) for shape in shapes]
+
+    shape, small = (4, 8, 8), (4, 4, 4)
+    plain = noise(7, source="NV")
+    first, later = gpu(7, shape, shape)
+    assert torch.equal(plain.first()[0], first)
+    assert torch.equal(plain.next()[0], later)
+    varied = noise(7, subseeds=[8], subseed_strength=0.3, source="NV").first()[0]
+    assert torch.equal(varied, slerp(0.3, first, gpu(8, shape)[0]))
+    resized = noise(7, resize_from=(4, 4), source="NV").first()[0]
+    assert torch.equal(resized[:, 2:6, 2:6], gpu(7, small)[0])
+    assert torch.equal(resized[:, :2], first[:, :2])
+    delayed = noise(7, later_seed_delta=100, source="NV")
+    assert torch.equal(delayed.first()[0], first)
+    assert torch.equal(delayed.next()[0], gpu(107, shape)[0])
+
+
+def test_the_path_of_an_sde_is_drawn_from_the_source_of_noise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As the webui makes torchsde draw; and two paths may be asked in turn."""
+    levels = [10.0, 4.0, 1.0, 0.0]
+    cpu, gpu = noise(7).brownian(levels), noise(7, source="NV").brownian(levels)
+    mixed = [path(high, low) for high, low in ((10, 4), (4, 1)) for path in (cpu, gpu)]
+
+    def as_the_webui(size: Any, dtype: torch.dtype, device: Any, seed: int) -> Tensor:
+        return PhiloxGenerator(int(seed)).randn(tuple(size)).to(dtype)
+
+    def as_torchsde(size: Any, dtype: torch.dtype, device: Any, seed: int) -> Tensor:
+        generator = Generator(device).manual_seed(int(seed))
+        return torch.randn(size, dtype=dtype, device=device, generator=generator)
+
+    for number, drawing in enumerate((as_torchsde, as_the_webui)):
+        monkeypatch.setattr(brownian_interval, "_randn", drawing)
+        tree = BrownianTreeNoiseSampler(torch.zeros(1, 4, 8, 8), 1.0, 10.0, seed=[7])
+        for step, (high, low) in enumerate(((10.0, 4.0), (4.0, 1.0))):
+            wanted = tree(torch.tensor(high), torch.tensor(low))
+            assert torch.allclose(mixed[2 * step + number], wanted, atol=1e-6)
 
 
 def test_variations_lie_between_two_seeds() -> None:
@@ -334,12 +566,13 @@ ORDERS = {
     "Restart": 2,
     "DDIM": 1,
     "PLMS": 2,
+    "UniPC": 2,  # of order 3, but in its first steps and in the last one
 }
 """By which power of their length steps are wrong, for all but the ones that choose their steps."""
 
 
 def test_orders_are_told_of_every_sampler() -> None:
-    assert ORDERS.keys() == PLAIN.keys() - {"DPM adaptive", "UniPC", "LCM"}
+    assert ORDERS.keys() == PLAIN.keys() - {"DPM adaptive", "LCM"}
 
 
 @pytest.mark.parametrize("name", ORDERS)
@@ -511,8 +744,8 @@ def test_a_model_is_called_as_often_as_is_declared(name: str, steps: int) -> Non
         return
     sigmas = sampler.sigmas(SCHEDULE, steps)
     _, asked = drive(sampler.function, noisy(sigmas[0]), sigmas)
-    if name == "PLMS":  # improves its first step
-        assert len(asked) == steps + 1
+    if sampler.levels:  # PLMS improves its first step
+        assert len(asked) == len(sigmas) - 1 + (name == "PLMS")
     else:  # nobody asks for the middle of the last step
         assert len(asked) == sampler.calls * steps - (sampler.calls - 1)
     assert all(sigma > 0 for sigma in asked)
@@ -595,21 +828,6 @@ def test_ancestral_steps_come_to_the_level_they_were_to_come_to() -> None:
     assert split_ancestral(14, 0, 1) == (0, 0)
 
 
-# What diffusers' schedulers are told
-
-
-def test_schedulers_of_diffusers_are_given_predictions_of_noise() -> None:
-    v = NoiseSchedule(beta_start=0.00085, beta_end=0.012, prediction_type="v_prediction")
-    for name in ("UniPC", "LCM"):
-        sampler = SAMPLERS[name]
-        sigmas = sampler.sigmas(v, 20)
-        x = noisy(sigmas[0])
-        assert sigmas == sampler.sigmas(SCHEDULE, 20)
-        one, two = (drive(sampler.function, x, sigmas, schedule=s)[0] for s in (v, SCHEDULE))
-        assert torch.equal(one, two)
-    assert schedulers.LCM_STEPS == 50
-
-
 # The steps of img2img
 
 
@@ -644,7 +862,7 @@ def test_img2img_runs_the_steps_of_the_webui(
 def test_every_sampler_can_run_the_last_steps_alone(name: str, steps: int, taken: int) -> None:
     sampler = SAMPLERS[name]
     whole = sampler.sigmas(SCHEDULE, steps)
-    sigmas = whole[-taken - 1 :]
+    _, sigmas = sampler.img2img_sigmas(SCHEDULE, steps, taken)
     clean = noisy(0, size=16).float()
     x = clean + torch.randn(clean.shape, generator=Generator().manual_seed(5)) * sigmas[0]
     result, _ = drive(sampler.function, x, sigmas, whole=whole)

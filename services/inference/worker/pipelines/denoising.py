@@ -155,8 +155,29 @@ class Mask(msgspec.Struct, frozen=True, eq=False):
     init: Tensor
     keep: Tensor
 
-    def apply(self, latents: Tensor) -> Tensor:
-        return self.init * self.keep + latents * (1 - self.keep)
+    def apply(self, latents: Tensor, scale: float = 1.0) -> Tensor:
+        """`scale`: of `latents`, compared with `init`."""
+        return self.init * (self.keep * scale) + latents * (1 - self.keep)
+
+
+class Skips(msgspec.Struct, frozen=True):
+    """Where the negative prompt is left out, by the webui's settings. `s_min_uncond`: below this
+    level at every second call, or at every one if `s_min_uncond_all`. `skip_early_cond`: at the
+    first calls, up to this share of all."""
+
+    s_min_uncond: float = 0.0
+    s_min_uncond_all: bool = False
+    skip_early_cond: float = 0.0
+
+    def at(self, call: int, calls: int, level: float) -> bool:
+        if self.skip_early_cond and call / calls <= self.skip_early_cond:
+            return True
+        return (call % 2 == 1 or self.s_min_uncond_all) and level < self.s_min_uncond
+
+
+NO_SKIPS = Skips()
+WHOLE = 1e-4
+"""Times that are so near below a whole number are that number."""
 
 
 class Guidance:
@@ -164,10 +185,11 @@ class Guidance:
 
     `calls`: how often it is expected to be asked in all, `a_step` times each step. `sizes`: what
     SDXL is told of sizes, for the positive and the negative prompt. `beside`: what inpainting
-    models see beside the latents, (pictures, 5, height, width). `skip_below`: below this level the
-    negative prompt is left out at every second call (the webui's `s_min_uncond`). `filler`: what
-    makes the shorter of the positive and the negative prompt as long as the other (an empty text).
-    `then`: who takes over, from which share of the calls on (a refiner).
+    models see beside the latents, (pictures, 5, height, width). `skips`: where the negative prompt
+    is left out. `filler`: what makes the shorter of the positive and the negative prompt as long as
+    the other (an empty text). `then`: who takes over, from which share of the calls on (a refiner);
+    of the training times, if `then_by_time`. `by_time`: of samplers that go through training times;
+    the webui gives their levels as times, and puts the mask on before it asks the model.
     """
 
     def __init__(
@@ -182,10 +204,12 @@ class Guidance:
         sizes: tuple[Sequence[float], Sequence[float]] | None = None,
         beside: Tensor | None = None,
         mask: Mask | None = None,
-        skip_below: float = 0.0,
+        skips: Skips = NO_SKIPS,
         controls: Sequence[Control] = (),
         filler: Encoded | None = None,
         then: tuple[float, Guidance] | None = None,
+        then_by_time: bool = False,
+        by_time: bool = False,
     ) -> None:
         self.net = net
         self.calls_made = 0
@@ -193,35 +217,53 @@ class Guidance:
         self._a_step = a_step
         self._positive, self._negative, self._scale = positive, negative, scale
         self._sizes, self._beside, self._mask = sizes, beside, mask
-        self._skip_below, self._controls, self._filler = skip_below, controls, filler
-        self._then = then
+        self._skips, self._controls, self._filler = skips, controls, filler
+        self._then, self._then_by_time, self._taken_over = then, then_by_time, False
+        self._by_time = by_time
         self._told = net.checkpoint.unet.config.get("time_cond_proj_dim") is not None
 
-    def denoise(self, x: Tensor, sigma: float) -> Asking:
-        """(pictures, 4, height, width): what the pictures would be if all noise went at once."""
-        if self._then and self.calls_made / self.calls >= self._then[0]:
+    def denoise(self, x: Tensor, sigma: float, time: float | None = None) -> Asking:
+        """(pictures, 4, height, width): what the pictures would be if all noise went at once.
+        `time`: what the model is told, if not the time of `sigma`."""
+        if self._then and (self._taken_over or self._done(sigma, time) >= self._then[0]):
+            self._taken_over = True
             refiner = self._then[1]
             refiner.calls_made = self.calls_made
             self.calls_made += 1
-            return (yield from refiner.denoise(x, sigma))
+            return (yield from refiner.denoise(x, sigma, time))
         call = self.calls_made
         self.calls_made += 1
         schedule = self.net.checkpoint.schedule
-        time = schedule.time_of(sigma)
-        scaled = x / math.sqrt(1 + sigma**2)
+        if time is None:
+            time = schedule.time_of(sigma)
+        scale_in = math.sqrt(1 + sigma**2)
+        seen = x
+        if self._mask and self._by_time:
+            seen = self._mask.apply(x, scale_in)
         positive = [part.at(call) for part in self._positive]
         plain = len(positive) == 1 and self._positive[0].weight == 1
-        skipped = 0 < sigma < self._skip_below and call % 2 == 1
+        skipped = self._skips.at(call, self.calls, time if self._by_time else sigma)
         scale = 1.0 if skipped or self._told else self._scale
         negative = None if plain and scale == 1 else self._negative.at(call)
         if skipped:
             negative = None
-        batches = self._batches(scaled, time, positive, negative, call)
+        batches = self._batches(seen / scale_in, time, positive, negative, call)
         answers = yield batches
         predictions = torch.split(torch.cat(answers), len(x))
-        denoised = [_denoised(schedule.prediction_type, x, sigma, p) for p in predictions]
+        level = schedule.sigmas[int(time + WHOLE)] if self._by_time else sigma
+        denoised = [_denoised(schedule.prediction_type, seen, sigma, p, level) for p in predictions]
         result = self._combined(denoised, negative is not None, scale)
+        if self._mask and self._by_time:
+            return result + (x - seen)  # so that the noise that was found is that of `seen`
         return self._mask.apply(result) if self._mask else result
+
+    def _done(self, sigma: float, time: float | None) -> float:
+        """The share that is done, of calls or of training times."""
+        if not self._then_by_time:
+            return self.calls_made / self.calls
+        if time is None or not self._by_time:
+            time = self.net.checkpoint.schedule.nearest_time(sigma)
+        return (999 - int(time + WHOLE)) / 1000
 
     def _combined(self, denoised: Sequence[Tensor], guided: bool, scale: float) -> Tensor:
         weights = [part.weight for part in self._positive]
@@ -318,11 +360,18 @@ def _filled_up(encoded: Encoded, length: int, filler: Encoded) -> Encoded:
     return Encoded(torch.cat([encoded.context, *[filler.context] * times]), encoded.pooled)
 
 
-def _denoised(prediction_type: str, x: Tensor, sigma: float, prediction: Tensor) -> Tensor:
+def _denoised(
+    prediction_type: str, x: Tensor, sigma: float, prediction: Tensor, level: float
+) -> Tensor:
+    """`level`: that of the whole training time below. For samplers that go through training times,
+    the webui takes that one in place of `sigma` to find the noise in what a v model predicts."""
     if prediction_type == "epsilon":
         return x - sigma * prediction
-    square = sigma**2 + 1
-    return x / square - prediction * (sigma / math.sqrt(square))
+    if level == sigma:
+        square = sigma**2 + 1
+        return x / square - prediction * (sigma / math.sqrt(square))
+    noise = (prediction + x * (level / math.sqrt(sigma**2 + 1))) / math.sqrt(level**2 + 1)
+    return x - sigma * noise
 
 
 def sample(sampling: Sampling, guidance: Guidance, on_denoised: Callable[[Tensor], None]) -> Asking:

@@ -38,6 +38,7 @@ from services.inference.worker.pipelines.denoising import (
     Mask,
     Net,
     Prompted,
+    Skips,
     sample,
     together,
 )
@@ -84,10 +85,10 @@ from services.inference.worker.pipelines.prompts.syntax import (
     split_parts,
     take_networks,
 )
-from services.inference.worker.pipelines.sampling.names import Sampler
+from services.inference.worker.pipelines.sampling.names import LABELS, Sampler
 from services.inference.worker.pipelines.sampling.noise import Noise
 from services.inference.worker.pipelines.sampling.samplers import Options, Run
-from services.inference.worker.pipelines.sampling.schedules import Sigmas
+from services.inference.worker.pipelines.sampling.schedules import Sigmas, Spread
 from services.inference.worker.pipelines.stopwatch import Stopwatch
 from shared.contracts.inference import RunJob
 from shared.webui.body_names import NETWORKS
@@ -268,7 +269,8 @@ class PaintingPlan:
             for phase in plan_phases(part.text, calls, done_before=done_before)
         ]
         found: dict[str, EmbeddingSource] = {}
-        for word in words_in(texts, tokenizer(), [*(named | bundled)]):
+        emphasis = self.params.override_settings.emphasis_mode
+        for word in words_in(texts, tokenizer(), [*(named | bundled)], emphasis):
             sources = [EmbeddingSource(word, file, bundled=True) for file in bundled.get(word, [])]
             if word in named:
                 sources.insert(0, EmbeddingSource(word, self._open(self.models.use(named[word]))))
@@ -366,6 +368,7 @@ class Pass(msgspec.Struct, frozen=True, eq=False):
     width: int
     height: int
     sampler: Sampler
+    spread: Spread
     steps: int
     parts: Sequence[Part]
     negative: str
@@ -520,6 +523,7 @@ class Painting:
             width=params.width,
             height=params.height,
             sampler=params.sampler,
+            spread=params.spread(params.sampler),
             steps=params.steps,
             parts=split_parts(self.plan.prompt),
             negative=params.negative_prompt,
@@ -542,6 +546,7 @@ class Painting:
             width=width // 8 * 8 - columns * 8,
             height=height // 8 * 8 - rows * 8,
             sampler=params.hr_sampler,
+            spread=params.spread(params.hr_sampler),
             steps=params.hr_second_pass_steps or params.steps,
             parts=split_parts(self.plan.hr_prompt),
             negative=params.hr_negative_prompt,
@@ -570,6 +575,7 @@ class Painting:
             self.settings.CLIP_stop_at_last_layers,
             self.settings.comma_padding_backtrack,
             embeddings,
+            self.settings.emphasis_mode,
         )
 
     def _embedding(self, source: EmbeddingSource) -> Embedding:
@@ -631,16 +637,19 @@ class Painting:
             mask=mask,
         )
 
+    def _spread(self, run: Pass) -> Spread:
+        sdxl = run.net.checkpoint.family in (SDXL, REFINER)
+        return msgspec.structs.replace(run.spread, sdxl=sdxl)
+
     def _sigmas(self, run: Pass, steps: int) -> Sigmas:
         """Raises JobFailure for settings that make no way down from noise to a picture."""
-        sigmas = run.sampler.sigmas(
-            run.net.checkpoint.schedule, steps, self.params.spread(run.sampler)
-        )
+        sigmas = run.sampler.sigmas(run.net.checkpoint.schedule, steps, self._spread(run))
         falls = all(after < before * LEAST_FALL for before, after in pairwise(sigmas))
         if not (falls and math.isfinite(sigmas[0])) and run.sampler.levels is None:
             raise JobFailure(
-                "override_settings: with these k_sched_type, sigma_min, sigma_max and rho, noise"
-                f" does not become less with each of {steps} steps"
+                "override_settings: with this schedule type and these sigma_min, sigma_max, rho,"
+                " beta_dist_alpha and beta_dist_beta, noise does not become less with each of"
+                f" {steps} steps"
             )
         return sigmas
 
@@ -666,9 +675,13 @@ class Painting:
         `all_steps`: as many as were asked for, of a run that has accordingly more."""
         steps, taken = img2img_steps(run.steps, self.params.denoising_strength, all_steps)
         whole = self._sigmas(run, steps)
-        sigmas = whole[-taken - 1 :]
+        level, sigmas = run.sampler.img2img_sigmas(
+            run.net.checkpoint.schedule, steps, taken, self._spread(run)
+        )
         drawn = noise.first() * multiplier
-        x = latents + drawn * sigmas[0] + drawn * self.settings.img2img_extra_noise
+        x = latents + drawn * level + drawn * self.settings.img2img_extra_noise
+        if level != sigmas[0]:  # what models know keeps its size, whatever its level is taken for
+            x = x * math.sqrt((1 + sigmas[0] ** 2) / (1 + level**2))
         guidance.calls = taken * run.sampler.calls
         result = yield from self._sample(run, guidance, x, sigmas, whole, noise)
         return mask.apply(result) if mask else result
@@ -695,13 +708,13 @@ class Painting:
             s_noise=params.s_noise if sampler.uses_s_noise else 1.0,
             order=self.settings.uni_pc_order,
         )
-        sampling = sampler.function(
-            Run(x, sigmas, whole, noise, run.net.checkpoint.schedule, options)
-        )
-        steps = len(sigmas) - 1
+        schedule = sampler.schedule(run.net.checkpoint.schedule)
+        sampling = sampler.function(Run(x, sigmas, whole, noise, schedule, options))
+        # Of what is made, which may be another number of steps than was asked for.
+        steps, calls = guidance.calls // sampler.calls, (len(sigmas) - 1) * sampler.calls
 
         def on_denoised(denoised: Tensor) -> None:
-            done = min(steps, -(-guidance.calls_made // sampler.calls))
+            done = min(steps, -(-guidance.calls_made * steps // calls))
             self.report.step(self._steps_before + done, self._all_steps)
             self.report.preview(
                 lambda: self.plan.studio.mixes.preview(denoised, run.net.checkpoint, self.vae)
@@ -791,6 +804,7 @@ class Painting:
                 max(params.seed_resize_from_w, 0) // 8,
             ),
             later_seed_delta=self.settings.eta_noise_seed_delta,
+            source=self.settings.noise_source,
         )
 
     def _guidance(
@@ -826,11 +840,18 @@ class Painting:
             sizes=self._sizes(net.checkpoint.family, run.width, run.height),
             beside=beside,
             mask=mask,
-            skip_below=self.params.s_min_uncond,
+            skips=self._skips,
             controls=self._controls(run) if controlled else (),
             filler=self._encode_texts(net, run, [""])[0] if self.settings.pad_cond_uncond else None,
             then=then,
+            then_by_time=not self.params.refiner_by_steps,
+            by_time=run.sampler.levels is not None,
         )
+
+    @property
+    def _skips(self) -> Skips:
+        settings = self.settings
+        return Skips(self.params.least_uncond, settings.s_min_uncond_all, settings.skip_early_cond)
 
     def _controls(self, run: Pass) -> list[Control]:
         hires = run.done_before is not None
@@ -982,7 +1003,13 @@ class Painting:
         keep = (1 - torch.from_numpy(painted)).to(latents).expand_as(latents)
         if self.params.inpainting_fill == 2:
             seeds, _ = all_seeds(self.params, len(latents))
-            drawn = Noise(tuple(latents.shape[1:]), seeds[: len(latents)], latents.device).first()  # type: ignore[arg-type]
+            channels, height, width = latents.shape[1:]
+            drawn = Noise(
+                (channels, height, width),
+                seeds[: len(latents)],
+                latents.device,
+                source=self.settings.noise_source,
+            ).first()
             latents = latents * keep + drawn * (1 - keep)
         elif self.params.inpainting_fill == 3:
             latents = latents * keep
@@ -1111,7 +1138,7 @@ class Painting:
         clip_skip = settings.CLIP_stop_at_last_layers
         fields: dict[str, object] = {
             "Steps": params.steps,
-            "Sampler": params.sampler.name,
+            **self._fields_of_sampler(),
             "CFG scale": params.cfg_scale,
             "Seed": seed,
             "Face restoration": plan.face_restorer.name if plan.face_restorer else None,
@@ -1128,11 +1155,30 @@ class Painting:
             "Denoising strength": strength,
             "Clip skip": clip_skip if clip_skip > 1 else None,
             "ENSD": settings.eta_noise_seed_delta or None,
-            "RNG": "CPU",
-            "NGMS": params.s_min_uncond or None,
+            "RNG": settings.noise_source,
+            "NGMS": params.least_uncond or None,
+            "NGMS all steps": settings.s_min_uncond_all or None if params.least_uncond else None,
+            "Skip Early CFG": settings.skip_early_cond or None,
+            "Emphasis": self._emphasis,
             "Tiling": "True" if params.tiling else None,
         }
         return fields | self._fields_of_sampling() | self._fields_of_passes() | self._hashes()
+
+    def _fields_of_sampler(self) -> dict[str, object]:
+        """As of 1.9 the schedule type has a field of its own."""
+        sampler = self.params.sampler
+        if not self.params.is_later:
+            return {"Sampler": sampler.name}
+        kind = "automatic" if sampler.levels else self.params.spread(sampler).kind
+        return {"Sampler": sampler.plain_name, "Schedule type": LABELS[kind]}
+
+    @property
+    def _emphasis(self) -> str | None:
+        mode, params = self.settings.emphasis_mode, self.params
+        texts = params.prompt + params.negative_prompt
+        if params.enable_hr:
+            texts += params.hr_prompt + params.hr_negative_prompt
+        return mode if mode != "Original" and ("(" in texts or "[" in texts) else None
 
     def _fields_of_sampling(self) -> dict[str, object]:
         params, settings, sampler = self.params, self.settings, self.params.sampler
@@ -1144,6 +1190,11 @@ class Painting:
         kind, spread = settings.k_sched_type, params.spread(sampler)
         if sampler.levels:
             kind, spread = "automatic", sampler.spread
+        of_kind: dict[str, object] = {}
+        if params.is_later:
+            of_kind = self._fields_of_sampler()
+        elif kind.lower() != "automatic":
+            of_kind = {"Schedule type": kind}
         return {
             "Eta DDIM" if ddim else "Eta": eta
             if sampler.uses_eta and eta not in (None, 0 if ddim else 1)
@@ -1152,7 +1203,9 @@ class Painting:
             "Sigma tmin": params.s_tmin or None if churns else None,
             "Sigma tmax": params.s_tmax or None if churns and params.highest_churn < 1e9 else None,
             "Sigma noise": params.s_noise if noises and params.s_noise != 1 else None,
-            "Schedule type": kind if kind.lower() != "automatic" else None,
+            **of_kind,
+            "Beta schedule alpha": spread.alpha if spread.kind == "beta" else None,
+            "Beta schedule beta": spread.beta if spread.kind == "beta" else None,
             "Schedule max sigma": spread.sigma_max or None,
             "Schedule min sigma": spread.sigma_min or None,
             "Schedule rho": spread.rho or None,
@@ -1173,8 +1226,7 @@ class Painting:
         if params.enable_hr:
             if plan.hr_checkpoint is not None:
                 fields["Hires checkpoint"] = self._title(plan.hr_checkpoint)
-            if params.hr_sampler.name != params.sampler.name:
-                fields["Hires sampler"] = params.hr_sampler.name
+            fields |= self._fields_of_hr_sampler()
             if params.hr_prompt and params.hr_prompt != params.prompt:
                 fields["Hires prompt"] = params.hr_prompt
             if params.hr_negative_prompt != params.negative_prompt:
@@ -1191,6 +1243,21 @@ class Painting:
                 fields["Hires refiner"] = passes
             fields["Refiner"] = self._title(plan.refiner)
             fields["Refiner switch at"] = params.refiner_switch_at
+            if params.is_later and params.refiner_by_steps:
+                fields["Refiner switch by sampling steps"] = True
+        return fields
+
+    def _fields_of_hr_sampler(self) -> dict[str, object]:
+        params = self.params
+        first, second = params.sampler, params.hr_sampler
+        if not params.is_later:
+            return {"Hires sampler": second.name} if second.name != first.name else {}
+        fields: dict[str, object] = {}
+        if second.plain_name != first.plain_name:
+            fields["Hires sampler"] = second.plain_name
+        kinds = [LABELS[params.spread(one).kind] for one in (first, second)]
+        if not second.levels and kinds[0] != kinds[1]:
+            fields["Hires schedule type"] = kinds[1]
         return fields
 
     def _title(self, file: ModelFile) -> str:
@@ -1242,7 +1309,7 @@ class Painting:
             "subseed_strength": params.subseed_strength,
             "width": params.width,
             "height": params.height,
-            "sampler_name": params.sampler.name,
+            "sampler_name": self._fields_of_sampler()["Sampler"],
             "cfg_scale": params.cfg_scale,
             "steps": params.steps,
             "batch_size": count // params.n_iter,

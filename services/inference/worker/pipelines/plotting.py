@@ -121,6 +121,10 @@ def _truth(text: str) -> bool:
     return value
 
 
+def _resize(body: Body, value: str, _: list[Any]) -> None:
+    body["width"], _x, body["height"] = (part.strip() for part in value.partition("x"))
+
+
 TXT2IMG, IMG2IMG = "txt2img", "img2img"
 AXES = (
     Axis("Nothing"),
@@ -171,6 +175,27 @@ AXES = (
     Axis("RNG source", str, _setting("randn_source"), chosen=True),
 )
 """In the order of the webui 1.7, whose clients send the number of an axis."""
+_LATER = {
+    "Schedule type": [Axis("Schedule type", str, _field("scheduler"), chosen=True)],
+    "Schedule rho": [
+        Axis("Schedule rho", float, _setting("rho")),
+        Axis("Beta schedule alpha", float, _setting("beta_dist_alpha")),
+        Axis("Beta schedule beta", float, _setting("beta_dist_beta")),
+    ],
+    "RNG source": [
+        Axis("RNG source", str, _setting("randn_source"), chosen=True),
+        Axis("FP8 mode", str, _setting("fp8_storage"), chosen=True),
+        Axis("Size", str, _resize),
+    ],
+}
+"""What 1.10 has in place of an axis of 1.7."""
+
+
+def axes_of(webui_version: str) -> list[Axis]:
+    """In the order of that version."""
+    if webui_version == "1.7":
+        return [*AXES]
+    return [later for axis in AXES for later in _LATER.get(axis.label, [axis])]
 
 
 class _Drawn(msgspec.Struct, frozen=True):
@@ -354,7 +379,7 @@ def _info_of(result: Result) -> dict[str, Any]:
 def _parse_args(params: PaintingParams, task_type: str, most: int, warnings: list[str]) -> _Args:
     """`script_args` as the webui 1.7 takes them, or with the three fields that 1.8 put in. `most`:
     values of an axis. Raises JobFailure."""
-    given = [*params.script_args]
+    given, axes = [*params.script_args], axes_of(params.webui_version)
     if len(given) < 13:
         raise JobFailure(
             f"script_args: got {len(given)} values, allowed are the 13 to 19 of the X/Y/Z plot:"
@@ -370,16 +395,21 @@ def _parse_args(params: PaintingParams, task_type: str, most: int, warnings: lis
     if options.vary_seeds_x or options.vary_seeds_y or options.vary_seeds_z:
         warnings.append("script_args: vary_seeds of X, Y and Z: no effect here")
     x, y, z = (
-        _axis(given[3 * n : 3 * n + 3], task_type, options, most, letter)
+        _axis(axes, given[3 * n : 3 * n + 3], task_type, options, most, letter)
         for n, letter in enumerate("xyz")
     )
     return _Args((x, y, z), options)
 
 
 def _axis(
-    given: Sequence[Any], task_type: str, options: _Options, most: int, letter: str
+    axes: Sequence[Axis],
+    given: Sequence[Any],
+    task_type: str,
+    options: _Options,
+    most: int,
+    letter: str,
 ) -> _Drawn:
-    known = [axis for axis in AXES if axis.only in ("", task_type)]
+    known = [axis for axis in axes if axis.only in ("", task_type)]
     type_, typed, chosen = given
     type_ = as_whole(type_)
     axis = None

@@ -19,14 +19,16 @@ from services.inference.worker.pipelines.params.reading import (
 )
 from services.inference.worker.pipelines.params.scripts import apply_scripts
 from services.inference.worker.pipelines.sampling.names import (
+    LABELS,
     SAMPLERS,
     SPREADS,
     Sampler,
     find_sampler,
 )
+from services.inference.worker.pipelines.sampling.noise import RandnSource
 from services.inference.worker.pipelines.sampling.schedules import Spread
 from shared.webui.body_names import PLOT, SD_UPSCALE
-from shared.webui.settings import WebuiSettings
+from shared.webui.settings import Emphasis, WebuiSettings
 from shared.webui.styles import NO_STYLE, read_styles, written
 
 SCRIPTS = {"txt2img": (PLOT,), "img2img": (PLOT, SD_UPSCALE)}
@@ -43,9 +45,16 @@ NoiseScale = Annotated[float, Meta(ge=0, le=10)]
 Eta = Annotated[float, Meta(ge=0)]
 Pixels = Annotated[int, Meta(ge=0, le=16_384)]
 Blur = Annotated[int, Meta(ge=0, le=1024)]
+BetaShape = Annotated[float, Meta(ge=0.01, le=10)]
 LEAST_RHO = 0.1
-LEVELS = ("sigma_min", "sigma_max", "rho")
-"""Settings of how the levels of noise are spread."""
+LEVELS = {
+    "sigma_min": "sigma_min",
+    "sigma_max": "sigma_max",
+    "rho": "rho",
+    "beta_dist_alpha": "alpha",
+    "beta_dist_beta": "beta",
+}
+"""Settings of how the levels of noise are spread, and what a spread calls them."""
 
 
 class OverrideSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,8 +69,12 @@ class OverrideSettings(msgspec.Struct, frozen=True, kw_only=True):
     add_model_name_to_info: bool = True
     add_version_to_infotext: bool = True
     always_discard_next_to_last_sigma: bool = False
+    beta_dist_alpha: BetaShape = 0.6
+    beta_dist_beta: BetaShape = 0.6
     code_former_weight: Share = 0.5
     comma_padding_backtrack: Annotated[int, Meta(ge=0, le=74)] = 20
+    emphasis: Emphasis = "Original"
+    enable_emphasis: bool = True
     enable_pnginfo: bool = True
     enable_prompt_comments: bool = True
     eta_ancestral: Eta | None = None
@@ -78,9 +91,13 @@ class OverrideSettings(msgspec.Struct, frozen=True, kw_only=True):
     jpeg_quality: Annotated[int, Meta(ge=1, le=100)] = 80
     k_sched_type: str = "Automatic"
     pad_cond_uncond: bool = False
+    randn_source: Literal["", "CPU", "GPU", "NV"] = ""
+    refiner_switch_by_sample_steps: bool | None = None
     return_grid: bool = False
     rho: Annotated[float, Meta(ge=0, le=100)] = 0.0
     s_churn: Churn = 0.0
+    s_min_uncond: Sigma = 0.0
+    s_min_uncond_all: bool = False
     s_noise: NoiseScale = 1.0
     s_tmax: HighestSigma = 0.0
     s_tmin: Sigma = 0.0
@@ -94,8 +111,19 @@ class OverrideSettings(msgspec.Struct, frozen=True, kw_only=True):
     sgm_noise_multiplier: bool = False
     sigma_max: Sigma = 0.0
     sigma_min: Sigma = 0.0
+    skip_early_cond: Share = 0.0
     uni_pc_order: Annotated[int, Meta(ge=1, le=5)] = 3
     webp_lossless: bool = False
+
+    @property
+    def emphasis_mode(self) -> Emphasis:
+        """`enable_emphasis` is what the webui 1.7 has in place of `emphasis`."""
+        return self.emphasis if self.enable_emphasis else "None"
+
+    @property
+    def noise_source(self) -> RandnSource:
+        """What the webui draws on an NVIDIA GPU is what NV draws."""
+        return "NV" if self.randn_source in ("NV", "GPU") else "CPU"
 
 
 class PaintingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -127,7 +155,7 @@ class PaintingParams(msgspec.Struct, frozen=True, kw_only=True):
     s_tmin: Sigma = 0.0
     s_tmax: HighestSigma = 0.0
     s_noise: NoiseScale = 1.0
-    s_min_uncond: Sigma = 0.0
+    s_min_uncond: Sigma | None = None
     tiling: bool = False
     disable_extra_networks: bool = False
     do_not_save_grid: bool = False
@@ -146,6 +174,7 @@ class PaintingParams(msgspec.Struct, frozen=True, kw_only=True):
     hr_resize_y: Target = 0
     hr_checkpoint_name: str = ""
     hr_sampler_name: str = ""
+    hr_scheduler: str = ""
     hr_prompt: str = ""
     hr_negative_prompt: str = ""
     firstphase_width: Target = 0
@@ -166,6 +195,8 @@ class PaintingParams(msgspec.Struct, frozen=True, kw_only=True):
 
     units: list[ControlUnit] = []
     """From `alwayson_scripts`; no field of a body."""
+    webui_version: str = "1.7"
+    """Of the deployment; no field of a body."""
 
     @property
     def sampler(self) -> Sampler:
@@ -176,9 +207,20 @@ class PaintingParams(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def hr_sampler(self) -> Sampler:
-        if not self.hr_sampler_name or self.hr_sampler_name == "Use same sampler":
-            return self.sampler
-        return _sampler(self.hr_sampler_name, "hr_sampler_name", self.scheduler)
+        first, scheduler = self.sampler, self.scheduler
+        if self.is_later:  # the schedule type of a name is that of the first pass
+            scheduler = first.schedule_type or scheduler
+        if _words(self.hr_scheduler) not in ("", "use same scheduler"):
+            scheduler = self.hr_scheduler
+            first = _sampler(first.plain_name, "hr_scheduler", scheduler)
+        if self.hr_sampler_name in ("", "Use same sampler"):
+            return first
+        return _sampler(self.hr_sampler_name, "hr_sampler_name", scheduler)
+
+    @property
+    def is_later(self) -> bool:
+        """Whether what 1.9 changed is to be as there."""
+        return self.webui_version != "1.7"
 
     @property
     def restores_faces(self) -> bool:
@@ -188,20 +230,36 @@ class PaintingParams(msgspec.Struct, frozen=True, kw_only=True):
 
     def spread(self, sampler: Sampler) -> Spread:
         """How the levels of a run are spread: the sampler's own way, but for what is overridden.
-        As in the webui, nothing chooses their ends who does not choose a schedule type."""
+        As in the webui 1.7, nothing chooses their ends who does not choose a schedule type."""
         settings = self.override_settings
         spread = sampler.spread
         kind = SPREADS.get(settings.k_sched_type.lower(), "automatic")
+        if self.is_later and sampler.schedule_type:
+            kind = "automatic"
         if kind != "automatic":
             spread = msgspec.structs.replace(spread, kind=kind)
-        if kind != "automatic" or _words(self.scheduler) not in ("", "automatic"):
-            ends = {name: getattr(settings, name) for name in LEVELS if spread.follows(name)}
+        elif self.is_later and spread.kind == "automatic":
+            spread = msgspec.structs.replace(spread, kind=sampler.later_kind)
+        chosen = kind != "automatic" or sampler.schedule_type not in _TYPES_IN_NAMES
+        if chosen or self.is_later or _words(self.scheduler) not in ("", "automatic"):
+            ends = {of: getattr(settings, name) for name, of in LEVELS.items()}
+            ends = {of: value for of, value in ends.items() if spread.follows(of)}
             spread = msgspec.structs.replace(spread, **ends)
         return msgspec.structs.replace(
             spread,
             drop_last_but_one=spread.drop_last_but_one
             or settings.always_discard_next_to_last_sigma,
         )
+
+    @property
+    def least_uncond(self) -> float:
+        given = self.s_min_uncond
+        return self.override_settings.s_min_uncond if given is None else given
+
+    @property
+    def refiner_by_steps(self) -> bool:
+        given = self.override_settings.refiner_switch_by_sample_steps
+        return not self.is_later if given is None else given
 
     @property
     def noise_multiplier(self) -> float:
@@ -235,6 +293,10 @@ class PaintingParams(msgspec.Struct, frozen=True, kw_only=True):
         return width, height, (width - x) // 8, (height - y) // 8
 
 
+_TYPES_IN_NAMES = ("", "Karras", "Exponential")
+"""Schedule types that 1.7 has as parts of names."""
+
+
 def _sampler(name: str, field: str, scheduler: str) -> Sampler:
     """With `scheduler` (a field of webui 1.9) where there is such a variant; a name that already
     has one goes before it, as there."""
@@ -250,6 +312,8 @@ def _words(scheduler: str) -> str:
     return scheduler.lower().replace("_", " ")
 
 
+_NO_FIELDS = ("units", "webui_version")
+"""Of params, that are not of the body."""
 _HARMLESS: dict[str, tuple[object, ...]] = {
     "alwayson_scripts": (),
     "comments": ({},),
@@ -266,7 +330,6 @@ _HARMLESS: dict[str, tuple[object, ...]] = {
 }
 _HARMLESS_SETTINGS: dict[str, tuple[object, ...]] = {
     "face_restoration_unload": (True, False),
-    "randn_source": ("CPU",),
     "grid_only_if_multiple": (True,),
 }
 _IMG2IMG_ONLY = (
@@ -291,6 +354,7 @@ _TXT2IMG_ONLY = (
     "hr_resize_y",
     "hr_checkpoint_name",
     "hr_sampler_name",
+    "hr_scheduler",
     "hr_prompt",
     "hr_negative_prompt",
     "firstphase_width",
@@ -304,7 +368,8 @@ def parse_painting(
 ) -> tuple[PaintingParams, list[str]]:
     """The typed params, and the warnings. Raises JobFailure."""
     raw, about_scripts = apply_scripts(raw)
-    params = convert(raw, PaintingParams, most=_most(webui))
+    body = {name: value for name, value in raw.items() if name not in _NO_FIELDS}
+    params = _as_deployed(convert(body, PaintingParams, most=_most(webui)), webui)
     units, warnings = parse_units(raw.get("alwayson_scripts"))
     warnings = _ignored(raw, task_type) + about_scripts + warnings
     params = _with_styles(_as_task(params, task_type), webui, warnings)
@@ -318,8 +383,8 @@ def _most(webui: WebuiSettings) -> dict[str, float]:
     sides = "width height hr_resize_x hr_resize_y firstphase_width firstphase_height"
     noise_sides = "seed_resize_from_w seed_resize_from_h"
     etas = "eta override_settings.eta_ancestral override_settings.eta_ddim"
-    seeds = "seed subseed override_settings.eta_noise_seed_delta"
     prompts = "prompt negative_prompt hr_prompt hr_negative_prompt"
+    seeds = "seed subseed override_settings.eta_noise_seed_delta"
     return {
         "batch_size": webui.max_batch_size,
         "n_iter": webui.max_n_iter,
@@ -334,6 +399,17 @@ def _most(webui: WebuiSettings) -> dict[str, float]:
 def script_of(raw: Body) -> str:
     """Of a body, in lower case."""
     return str(raw.get("script_name", "")).lower()
+
+
+def _as_deployed(params: PaintingParams, webui: WebuiSettings) -> PaintingParams:
+    """With what the deployment says where the body says nothing."""
+    settings = params.override_settings
+    settings = msgspec.structs.replace(
+        settings, randn_source=settings.randn_source or webui.randn_source
+    )
+    return msgspec.structs.replace(
+        params, override_settings=settings, webui_version=webui.webui_version
+    )
 
 
 def _as_task(params: PaintingParams, task_type: str) -> PaintingParams:
@@ -430,7 +506,7 @@ def _check(params: PaintingParams, task_type: str, webui: WebuiSettings) -> None
     if settings.k_sched_type.lower() not in SPREADS:
         raise JobFailure(
             f"override_settings.k_sched_type: got {short(settings.k_sched_type)},"
-            f" allowed is one of {', '.join(SPREADS)}"
+            f" allowed is one of {', '.join(LABELS.values())}"
         )
     if 0 < settings.rho < LEAST_RHO:
         raise JobFailure(
@@ -451,23 +527,27 @@ def _check(params: PaintingParams, task_type: str, webui: WebuiSettings) -> None
 
 
 def _about_samplers(params: PaintingParams) -> list[str]:
-    warnings = []
-    sampler, scheduler = params.sampler, _words(params.scheduler)
-    if scheduler not in ("", "automatic") and not sampler.name.lower().endswith(scheduler):
-        warnings.append(f"scheduler {short(params.scheduler)}: no effect on {sampler.name}")
+    sampler = params.sampler
+    warnings = _about_scheduler("scheduler", params.scheduler, sampler, not params.init_images)
+    if params.enable_hr and _words(params.hr_scheduler) != "use same scheduler":
+        hr_sampler = params.hr_sampler
+        warnings += _about_scheduler("hr_scheduler", params.hr_scheduler, hr_sampler, False)
     if isinstance(params.sampler_index, int) and not params.sampler_name:
         warnings.append(
             f"sampler_index {params.sampler_index}: not a name, {sampler.name} was used"
         )
     settings = params.override_settings
-    if sampler.levels and settings.k_sched_type.lower() != "automatic":
-        warnings.append(f"override_settings.k_sched_type: no effect on {sampler.name}")
     spread = None if sampler.levels else params.spread(sampler)
+    kind = SPREADS[settings.k_sched_type.lower()]
+    if kind != "automatic" and not (spread and spread.kind == kind):
+        warnings.append(f"override_settings.k_sched_type: no effect on {sampler.name}")
     hint = "; name a k_sched_type" if spread == sampler.spread else ""
+    asked_levels = {name: getattr(settings, name) for name in LEVELS}
     warnings += [
         f"override_settings.{name}: no effect on the levels of {sampler.name}{hint}"
-        for name in LEVELS
-        if getattr(settings, name) and not (spread and getattr(spread, name))
+        for name, value in asked_levels.items()
+        if value != getattr(OverrideSettings(), name)
+        and not (spread and getattr(spread, LEVELS[name]) == value)
     ]
     samplers = [sampler, params.hr_sampler] if params.enable_hr else [sampler]
     names = " and ".join(dict.fromkeys(one.name for one in samplers))
@@ -486,6 +566,15 @@ def _about_samplers(params: PaintingParams) -> list[str]:
     ]
 
 
+def _about_scheduler(field: str, given: str, sampler: Sampler, whole_run: bool) -> list[str]:
+    if _words(given) in ("", "automatic"):
+        return []
+    acts = sampler.spread.kind == SPREADS.get(_words(given)) and sampler.levels is None
+    if acts and not (sampler.own_steps and whole_run):
+        return []
+    return [f"{field} {short(given)}: no effect on {sampler.name}"]
+
+
 def _rounded(params: PaintingParams, warnings: list[str]) -> PaintingParams:
     sides = {}
     for field in ("width", "height"):
@@ -497,7 +586,7 @@ def _rounded(params: PaintingParams, warnings: list[str]) -> PaintingParams:
 
 
 def _ignored(raw: Body, task_type: str) -> list[str]:
-    known = {field.name for field in msgspec.structs.fields(PaintingParams)} - {"units"}
+    known = {field.name for field in msgspec.structs.fields(PaintingParams)} - set(_NO_FIELDS)
     other, usual = (_TXT2IMG_ONLY if task_type == "img2img" else _IMG2IMG_ONLY), PaintingParams()
     harmless = {**_HARMLESS, **{name: (getattr(usual, name), 0, "", None) for name in other}}
     mine = {key: value for key, value in raw.items() if key != "alwayson_scripts"}

@@ -20,6 +20,7 @@ from services.inference.worker.pipelines import JobFailure
 from services.inference.worker.pipelines.models.components import TextEncoder
 from services.inference.worker.pipelines.models.embeddings import Embedding
 from services.inference.worker.pipelines.prompts.syntax import parse_attention
+from shared.webui.settings import Emphasis
 
 CHUNK = 75
 COMMA_NEAR = 20
@@ -60,11 +61,12 @@ class Words(msgspec.Struct, frozen=True):
     clip_skip: int = 1
     comma_near: int = COMMA_NEAR
     embeddings: Mapping[str, Embedding] = {}
+    emphasis: Emphasis = "Original"
 
     @property
     def key(self) -> tuple[object, ...]:
         known = tuple((word, embedding.identity) for word, embedding in self.embeddings.items())
-        return (self.clip_skip, self.comma_near, known)
+        return (self.clip_skip, self.comma_near, known, self.emphasis)
 
 
 class Encodings:
@@ -134,7 +136,8 @@ def cut_chunks(text: str, tokenizer: Any, words: Words) -> list[Chunk]:
         current = Chunk(current.tokens[upto:], current.weights[upto:], rest)
         last_comma = -1
 
-    for token, word, weight in _read(text, tokenizer, _names(words.embeddings, tokenizer)):
+    names = _names(words.embeddings, tokenizer)
+    for token, word, weight in _read(text, tokenizer, names, words.emphasis):
         length = len(current.tokens)
         if token is None:
             close(length)
@@ -160,14 +163,17 @@ def cut_chunks(text: str, tokenizer: Any, words: Words) -> list[Chunk]:
     return chunks
 
 
-def words_in(texts: Iterable[str], tokenizer: Any, words: Sequence[str]) -> list[str]:
+def words_in(
+    texts: Iterable[str], tokenizer: Any, words: Sequence[str], emphasis: Emphasis = "Original"
+) -> list[str]:
     """Those of the words that stand for vectors in a text: where their tokens are, so a part of
     another word is none of them, and signs that are escaped or have a meaning are read as ever."""
     names, found = _names(words, tokenizer), set[str]()
     for text in dict.fromkeys(texts):
         if len(found) == len(words):
             break
-        found |= {word for _, word, _ in _read(text, tokenizer, names) if word is not None}
+        read = _read(text, tokenizer, names, emphasis)
+        found |= {word for _, word, _ in read if word is not None}
     return [word for word in words if word in found]
 
 
@@ -187,11 +193,11 @@ def _names(words: Iterable[str], tokenizer: Any) -> _Names:
 
 
 def _read(
-    text: str, tokenizer: Any, names: _Names
+    text: str, tokenizer: Any, names: _Names, emphasis: Emphasis
 ) -> Iterator[tuple[int | None, str | None, float]]:
     """A text's tokens and their attention; of a word that stands for vectors its first token, and
     the word. A BREAK has no token."""
-    for part in parse_attention(text):
+    for part in parse_attention(text, emphasis):
         if part.text is None:
             yield None, None, part.weight
             continue
@@ -230,7 +236,7 @@ def _encode_chunks(
     states = torch.cat([states for states, _ in parts])
     by_text = torch.unflatten(states, 0, (len(rows), -1))
     weighted = [
-        _weigh(by_text[:, number], [chunk.weights for chunk in column], counts)
+        _weigh(by_text[:, number], [chunk.weights for chunk in column], counts, words.emphasis)
         for number, column in enumerate(zip(*rows, strict=True))
     ]
     if not encoder.pooled:
@@ -281,12 +287,16 @@ def _vectors_in_place(chunks: list[Chunk], encoder: TextEncoder, words: Words) -
         hook.remove()
 
 
-def _weigh(states: Tensor, weights: list[list[float]], counts: list[int]) -> Tensor:
+def _weigh(
+    states: Tensor, weights: list[list[float]], counts: list[int], emphasis: Emphasis
+) -> Tensor:
     """(texts, 77, width) -> the same, with each token's attention on it and the old mean."""
     if all(weight == 1 for row in weights for weight in row):
         return states
     rows = [[1.0, *row, *[1.0] * (states.shape[1] - 1 - len(row))] for row in weights]
     changed = states * torch.tensor(rows, dtype=states.dtype, device=states.device)[..., None]
+    if emphasis == "No norm":
+        return changed
     shares = torch.tensor(counts, device=states.device) / sum(counts)
     before, after = ((each.mean((1, 2)) * shares).sum() for each in (states, changed))
     return changed * (before / after)

@@ -19,6 +19,7 @@ import msgspec
 import numpy as np
 
 from shared.webui.body_names import NETWORK, NETWORKS
+from shared.webui.settings import Emphasis
 
 # Networks
 
@@ -283,9 +284,11 @@ BREAK, BREAKS = "BREAK", -1.0
 them it is a word, unless they come to nothing."""
 
 
-def parse_attention(prompt: str) -> list[Weighted]:
+def parse_attention(prompt: str, emphasis: Emphasis = "Original") -> list[Weighted]:
     """`a (red:1.2) ball` -> a ×1, red ×1.2, ball ×1. Brackets that never close count, too. A BREAK
     that they change is a word, of less than no attention, as in the webui."""
+    if emphasis == "None":
+        return [Weighted(prompt)]
     texts: list[str] = []
     weights = array("d")
     round_starts: list[int] = []
@@ -324,7 +327,8 @@ def parse_attention(prompt: str) -> list[Weighted]:
         multiply(start, 1.1)
     for start in square_starts:
         multiply(start, 1 / 1.1)
-    return _merged(texts, weights)
+    merged = _merged(texts, weights)
+    return [Weighted(part.text) for part in merged] if emphasis == "Ignore" else merged
 
 
 def _number(text: str | None) -> float | None:

@@ -1,63 +1,104 @@
-"""The webui's sampler names (1.7, and LCM of 1.8), each with its sampler and spread of levels."""
+"""The webui's names of samplers (1.7, and LCM of 1.8) and of schedule types (1.10)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import msgspec
-import numpy as np
 
-from services.inference.worker.pipelines.sampling import samplers, schedulers
+from services.inference.worker.pipelines.sampling import samplers, timesteps
 from services.inference.worker.pipelines.sampling.samplers import SamplerFunction
-from services.inference.worker.pipelines.sampling.schedules import NoiseSchedule, Sigmas, Spread
+from services.inference.worker.pipelines.sampling.schedules import (
+    LCMSchedule,
+    NoiseSchedule,
+    Schedule,
+    Sigmas,
+    Spread,
+)
+from services.inference.worker.pipelines.sampling.timesteps import Levels, training_times
 
+LABELS = {
+    "automatic": "Automatic",
+    "uniform": "Uniform",
+    "karras": "Karras",
+    "exponential": "Exponential",
+    "polyexponential": "Polyexponential",
+    "sgm_uniform": "SGM Uniform",
+    "kl_optimal": "KL Optimal",
+    "align_your_steps": "Align Your Steps",
+    "simple": "Simple",
+    "normal": "Normal",
+    "ddim": "DDIM",
+    "beta": "Beta",
+    "turbo": "Turbo",
+}
+"""What the webui calls the kinds of spreads. Turbo is of Forge, a fork."""
 SPREADS = {
-    "automatic": "automatic",
-    "uniform": "uniform",
-    "karras": "karras",
-    "exponential": "exponential",
-    "polyexponential": "polyexponential",
-    "sgm uniform": "sgm_uniform",
+    **{label.lower(): kind for kind, label in LABELS.items()},
+    **{kind: kind for kind in LABELS},
+    "sgmuniform": "sgm_uniform",
 }
 """The webui's names of schedule types, in lower case."""
 
 
 class Sampler(msgspec.Struct, frozen=True):
     """`calls`: evaluations of the model per step. `spread`: of its levels, unless a job says
-    otherwise; a sampler with `levels` has them from its own paper, and no job can say otherwise.
+    otherwise; `later_kind`: what the webui spreads them by as of 1.9 if it is left to it. A sampler
+    with `levels` goes through training times, and no job can say otherwise.
     `churns`: acts on `s_churn`, `s_tmin` and `s_tmax`. `uses_eta`: acts on `eta`. `uses_s_noise`:
     acts on `s_noise`, which the webui keeps from some that could. `per_picture`: can't take several
-    pictures in one run."""
+    pictures in one run. `own_steps`: chooses its steps between the ends by itself. `lcm`: for
+    latent consistency models."""
 
     name: str
     function: SamplerFunction
     spread: Spread = Spread()
     aliases: Sequence[str] = ()
     calls: int = 1
+    later_kind: str = "automatic"
     churns: bool = False
     uses_eta: bool = False
     uses_s_noise: bool = False
     per_picture: bool = False
-    levels: Callable[[NoiseSchedule, int], Sigmas] | None = None
+    own_steps: bool = False
+    lcm: bool = False
+    levels: Levels | None = None
+    schedule_type: str = ""
+    """The label that stands behind the name."""
 
-    def sigmas(self, schedule: NoiseSchedule, steps: int, spread: Spread | None = None) -> Sigmas:
-        """`steps` levels and the one to end at. `spread` is in place of the sampler's own."""
+    @property
+    def plain_name(self) -> str:
+        return self.name.removesuffix(f" {self.schedule_type}")
+
+    def schedule(self, trained: NoiseSchedule) -> Schedule:
+        return LCMSchedule(trained) if self.lcm else trained
+
+    def sigmas(self, trained: NoiseSchedule, steps: int, spread: Spread | None = None) -> Sigmas:
+        """The levels of a whole run, and the one to end at. `spread` is in place of the sampler's
+        own."""
+        spread = spread or self.spread
         if self.levels:
-            return self.levels(schedule, steps)
-        return (spread or self.spread).sigmas(schedule, steps)
+            return self.levels(trained, self._times(trained, steps, spread), True)
+        return spread.sigmas(self.schedule(trained), steps)
+
+    def img2img_sigmas(
+        self, trained: NoiseSchedule, steps: int, taken: int, spread: Spread | None = None
+    ) -> tuple[float, Sigmas]:
+        """(level of the noise to put on a picture, levels of the last `taken` of `steps` steps).
+        Samplers that go through training times take that noise for that of one time earlier, in the
+        webui and so here."""
+        if not self.levels:
+            sigmas = self.sigmas(trained, steps, spread)[steps - taken :]
+            return sigmas[0], sigmas
+        times = self._times(trained, steps, spread or self.spread)
+        last = max(taken - 1, 1)
+        return trained.sigmas[times[last]], self.levels(trained, times[: max(last, 2)], False)
+
+    def _times(self, trained: NoiseSchedule, steps: int, spread: Spread) -> list[int]:
+        return training_times(trained, steps + spread.drop_last_but_one)
 
 
-def _ddim_levels(schedule: NoiseSchedule, steps: int) -> Sigmas:
-    """Training times one even stride apart, from 1 on, and time 0 to end at; a single step starts
-    at the last time, where there is only noise."""
-    count = len(schedule.sigmas)
-    times = np.clip(np.arange(0, count, count // steps)[:steps] + 1, 0, count - 1)[::-1].tolist()
-    if steps == 1:
-        times = [count - 1]
-    return [*(schedule.sigmas[time] for time in times), schedule.lowest]
-
-
-_KARRAS, _EXPONENTIAL = Spread("karras"), Spread("exponential")
+_KARRAS = Spread("karras")
 
 _K_SAMPLERS = (
     Sampler(
@@ -75,6 +116,7 @@ _K_SAMPLERS = (
         Spread(drop_last_but_one=True),
         ("k_dpm_2",),
         calls=2,
+        later_kind="karras",
         churns=True,
         uses_s_noise=True,
     ),
@@ -84,6 +126,7 @@ _K_SAMPLERS = (
         Spread(drop_last_but_one=True),
         ("k_dpm_2_a",),
         calls=2,
+        later_kind="karras",
         uses_eta=True,
         uses_s_noise=True,
     ),
@@ -92,15 +135,17 @@ _K_SAMPLERS = (
         samplers.dpmpp_2s_ancestral,
         aliases=("k_dpmpp_2s_a",),
         calls=2,
+        later_kind="karras",
         uses_eta=True,
         uses_s_noise=True,
     ),
-    Sampler("DPM++ 2M", samplers.dpmpp_2m, aliases=("k_dpmpp_2m",)),
+    Sampler("DPM++ 2M", samplers.dpmpp_2m, aliases=("k_dpmpp_2m",), later_kind="karras"),
     Sampler(
         "DPM++ SDE",
         samplers.dpmpp_sde,
         aliases=("k_dpmpp_sde",),
         calls=2,
+        later_kind="karras",
         uses_eta=True,
         uses_s_noise=True,
     ),
@@ -108,6 +153,7 @@ _K_SAMPLERS = (
         "DPM++ 2M SDE",
         samplers.dpmpp_2m_sde,
         aliases=("k_dpmpp_2m_sde",),
+        later_kind="exponential",
         uses_eta=True,
         uses_s_noise=True,
     ),
@@ -115,6 +161,7 @@ _K_SAMPLERS = (
         "DPM++ 2M SDE Heun",
         samplers.dpmpp_2m_sde_heun,
         aliases=("k_dpmpp_2m_sde_heun",),
+        later_kind="exponential",
         uses_eta=True,
         uses_s_noise=True,
     ),
@@ -123,6 +170,7 @@ _K_SAMPLERS = (
         samplers.dpmpp_3m_sde,
         Spread(drop_last_but_one=True),
         ("k_dpmpp_3m_sde",),
+        later_kind="exponential",
         uses_eta=True,
         uses_s_noise=True,
     ),
@@ -132,6 +180,7 @@ _K_SAMPLERS = (
         aliases=("k_dpm_fast",),
         uses_eta=True,
         uses_s_noise=True,
+        own_steps=True,
     ),
     Sampler(
         "DPM adaptive",
@@ -139,14 +188,15 @@ _K_SAMPLERS = (
         aliases=("k_dpm_ad",),
         uses_eta=True,
         per_picture=True,
+        own_steps=True,
     ),
     Sampler("Restart", samplers.restart, _KARRAS, calls=2),
+    Sampler("LCM", samplers.lcm, aliases=("k_lcm",), lcm=True),
 )
 _OTHERS = (
-    Sampler("DDIM", samplers.ddim, uses_eta=True, levels=_ddim_levels),
-    Sampler("PLMS", samplers.plms, levels=_ddim_levels),
-    Sampler("UniPC", schedulers.unipc, levels=schedulers.unipc_levels),
-    Sampler("LCM", schedulers.lcm, aliases=("k_lcm",), levels=schedulers.lcm_levels),
+    Sampler("DDIM", timesteps.ddim, uses_eta=True, levels=timesteps.levels_of_times),
+    Sampler("PLMS", timesteps.plms, levels=timesteps.levels_of_times),
+    Sampler("UniPC", timesteps.unipc, levels=timesteps.even_levels),
 )
 _WITH_KARRAS = (
     "LMS",
@@ -162,12 +212,20 @@ _WITH_KARRAS = (
 _WITH_EXPONENTIAL = ("DPM++ 2M SDE", "DPM++ 2M SDE Heun", "DPM++ 3M SDE")
 
 
-def _variant(sampler: Sampler, word: str, short: str, spread: Spread) -> Sampler:
-    spread = msgspec.structs.replace(spread, drop_last_but_one=sampler.spread.drop_last_but_one)
-    aliases = [f"{alias}_{short}" for alias in sampler.aliases]
+def _variant(sampler: Sampler, kind: str, aliases: Sequence[str] = ()) -> Sampler:
+    label = LABELS[kind]
     return msgspec.structs.replace(
-        sampler, name=f"{sampler.name} {word}", spread=spread, aliases=aliases
+        sampler,
+        name=f"{sampler.name} {label}",
+        spread=msgspec.structs.replace(sampler.spread, kind=kind),
+        aliases=aliases,
+        schedule_type=label,
     )
+
+
+def _variants(names: Sequence[str], kind: str, short: str) -> list[Sampler]:
+    plain = [_PLAIN[name] for name in names]
+    return [_variant(one, kind, [f"{alias}_{short}" for alias in one.aliases]) for one in plain]
 
 
 _PLAIN = {sampler.name: sampler for sampler in _K_SAMPLERS}
@@ -175,8 +233,8 @@ SAMPLERS: dict[str, Sampler] = {
     sampler.name: sampler
     for sampler in (
         *_K_SAMPLERS,
-        *(_variant(_PLAIN[name], "Karras", "ka", _KARRAS) for name in _WITH_KARRAS),
-        *(_variant(_PLAIN[name], "Exponential", "exp", _EXPONENTIAL) for name in _WITH_EXPONENTIAL),
+        *_variants(_WITH_KARRAS, "karras", "ka"),
+        *_variants(_WITH_EXPONENTIAL, "exponential", "exp"),
         *_OTHERS,
     )
 }
@@ -189,18 +247,13 @@ _BY_ANY_NAME = {
 
 
 def find_sampler(name: str) -> Sampler | None:
-    """By the webui's name or one of its aliases, in upper or lower case. A plain name that a
-    schedule type is put behind, as in `Euler SGM Uniform`, is one of our own making and known, too.
-    """
+    """By the webui's name or one of its aliases, in upper or lower case, or a plain name with a
+    schedule type behind it, as in `Euler SGM Uniform`."""
     name = name.strip().lower()
     if name in _BY_ANY_NAME:
         return _BY_ANY_NAME[name]
     for words, kind in SPREADS.items():
         plain = _BY_ANY_NAME.get(name.removesuffix(f" {words}"))
         if name.endswith(f" {words}") and plain and plain.name in _PLAIN:
-            if kind == "automatic":
-                return plain
-            spread = Spread(kind, drop_last_but_one=plain.spread.drop_last_but_one)
-            title = f"{plain.name} {words.title()}".replace("Sgm", "SGM")
-            return msgspec.structs.replace(plain, name=title, spread=spread)
+            return plain if kind == "automatic" else _variant(plain, kind)
     return None

@@ -2,20 +2,67 @@
 noise depends on its seed alone, on any device and in any batch.
 
 What is drawn, and in which order, is as in the webui with its setting "random number generator
-source: CPU", so that the same seed starts from the same noise there and here.
+source: CPU" or "NV", so that the same seed starts from the same noise there and here.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Literal, Protocol
 
 import torch
 import torchsde
-from torch import Generator, Tensor
+from torch import Tensor
+from torchsde._brownian import brownian_interval
+
+from services.inference.worker.pipelines.sampling.philox import PhiloxGenerator
+
+RandnSource = Literal["CPU", "NV"]
+"""CPU: torch's own generator there. NV: that of NVIDIA's GPUs."""
 
 # DPM++ SDE asks torchsde for times that differ from its bounds in the last digit.
 warnings.filterwarnings("ignore", module="torchsde")
+
+
+class Generator(Protocol):
+    def randn(self, shape: tuple[int, ...]) -> Tensor:
+        """float32, on the CPU."""
+
+
+class TorchGenerator:
+    def __init__(self, seed: int) -> None:
+        self._generator = torch.Generator("cpu").manual_seed(seed)
+
+    def randn(self, shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, generator=self._generator)
+
+
+def generator(seed: int, source: RandnSource) -> Generator:
+    return PhiloxGenerator(seed) if source == "NV" else TorchGenerator(seed)
+
+
+_brownian_source: ContextVar[RandnSource] = ContextVar("brownian_source", default="CPU")
+
+
+def _brownian_randn(size: tuple[int, ...], dtype: torch.dtype, device: Any, seed: int) -> Tensor:
+    drawn = generator(int(seed), _brownian_source.get()).randn(size)
+    return drawn.to(device=device, dtype=dtype)
+
+
+# torchsde takes no generator, only seeds. This is how it draws on a CPU itself, but for the source.
+brownian_interval._randn = _brownian_randn
+
+
+@contextmanager
+def _brownian_from(source: RandnSource) -> Iterator[None]:
+    before = _brownian_source.set(source)
+    try:
+        yield
+    finally:
+        _brownian_source.reset(before)
 
 
 class Noise:
@@ -31,6 +78,7 @@ class Noise:
         subseed_strength: float = 0.0,
         resize_from: tuple[int, int] = (0, 0),
         later_seed_delta: int = 0,
+        source: RandnSource = "CPU",
     ) -> None:
         """`shape`: channels, height, width of latents. `resize_from`: height and width, in
         latents, that the noise is first drawn for (0: as `shape`). `later_seed_delta`: added to the
@@ -43,41 +91,36 @@ class Noise:
         self._strength = subseed_strength
         self._drawn_for = (shape[0], *resize_from) if all(resize_from) else shape
         self._later_seed_delta = later_seed_delta
-        self.generators = [Generator("cpu").manual_seed(seed) for seed in self.seeds]
+        self.source = source
+        self.generators = self._generators(self.seeds)
+
+    def _generators(self, seeds: Sequence[int]) -> list[Generator]:
+        return [generator(seed, self.source) for seed in seeds]
 
     def first(self) -> Tensor:
         """(pictures, *shape), float32."""
         drawn = [self._draw_first(number) for number in range(len(self.seeds))]
         if self._later_seed_delta:
-            later = [(seed + self._later_seed_delta) % 2**64 for seed in self.seeds]
-            self.generators = [Generator("cpu").manual_seed(seed) for seed in later]
+            self.generators = self._generators(
+                [(seed + self._later_seed_delta) % 2**64 for seed in self.seeds]
+            )
         return torch.stack(drawn).to(self.device)
 
     def _draw_first(self, number: int) -> Tensor:
-        seed, generator, resized = (
-            self.seeds[number],
-            self.generators[number],
-            self._drawn_for != self.shape,
-        )
-        source = Generator("cpu").manual_seed(seed) if resized else generator
-        noise = torch.randn(self._drawn_for, generator=source)
+        mine, resized = self.generators[number], self._drawn_for != self.shape
+        drawing = generator(self.seeds[number], self.source) if resized else mine
+        noise = drawing.randn(self._drawn_for)
         if self._strength:
-            other = Generator("cpu").manual_seed(self._subseeds[number])
-            noise = slerp(self._strength, noise, torch.randn(self._drawn_for, generator=other))
+            other = generator(self._subseeds[number], self.source)
+            noise = slerp(self._strength, noise, other.randn(self._drawn_for))
         if resized:
-            noise = _put_into(torch.randn(self.shape, generator=generator), noise)
+            noise = _put_into(mine.randn(self.shape), noise)
         return noise
 
     def next(self) -> Tensor:
         """(pictures, *shape), float32."""
-        drawn = [torch.randn(self.shape, generator=one) for one in self.generators]
+        drawn = [one.randn(self.shape) for one in self.generators]
         return torch.stack(drawn).to(self.device)
-
-    def of(self, number: int) -> Noise:
-        """The noise of one of the pictures alone; it shares that picture's generator."""
-        one = Noise(self.shape, self.seeds[number : number + 1], self.device)
-        one.generators = self.generators[number : number + 1]
-        return one
 
     def brownian(self, sigmas: Sequence[float]) -> Brownian:
         return Brownian(self, sigmas)
@@ -92,20 +135,22 @@ class Brownian:
         path."""
         positive = [sigma for sigma in sigmas if sigma > 0]
         low, high = (torch.tensor(end(positive), dtype=torch.float32) for end in (min, max))
-        self._device = noise.device
-        self._trees = (
-            [
-                torchsde.BrownianTree(low, torch.zeros(noise.shape), high, entropy=seed)
-                for seed in noise.seeds
-            ]
-            if low < high
-            else []
-        )
+        self._device, self._source = noise.device, noise.source
+        with _brownian_from(self._source):
+            self._trees = (
+                [
+                    torchsde.BrownianTree(low, torch.zeros(noise.shape), high, entropy=seed)
+                    for seed in noise.seeds
+                ]
+                if low < high
+                else []
+            )
 
     def __call__(self, sigma: float, next_sigma: float) -> Tensor:
         """(pictures, …), of variance 1, for the step from `sigma` down to `next_sigma`."""
         low, high = (torch.tensor(level, dtype=torch.float32) for level in (next_sigma, sigma))
-        steps = torch.stack([tree(low, high) for tree in self._trees])
+        with _brownian_from(self._source):
+            steps = torch.stack([tree(low, high) for tree in self._trees])
         return (-steps / (high - low).sqrt()).to(self._device)
 
 

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from services.inference.worker.pipelines.sampling.noise import Noise
-from services.inference.worker.pipelines.sampling.schedules import NoiseSchedule, Sigmas, karras
+from services.inference.worker.pipelines.sampling.schedules import Schedule, Sigmas, karras
 
-Query = tuple[Tensor, float]
-"""Latents (pictures, channels, height, width) and their level: what is to be denoised."""
+Query = tuple[Tensor, float] | tuple[Tensor, float, float]
+"""Latents (pictures, channels, height, width) and their level: what is to be denoised. The training
+time that the model is told, where that is not the one of the level."""
 Sampling = Generator[Query, Tensor, Tensor]
 
 
@@ -45,7 +46,7 @@ class Run(msgspec.Struct, frozen=True):
     sigmas: Sigmas
     whole: Sigmas
     noise: Noise
-    schedule: NoiseSchedule
+    schedule: Schedule
     options: Options = Options()
 
     @property
@@ -53,8 +54,12 @@ class Run(msgspec.Struct, frozen=True):
         return list(zip(self.sigmas[:-1], self.sigmas[1:], strict=True))
 
     @property
-    def of_steps(self) -> int:
-        return len(self.whole) - 1
+    def ends(self) -> tuple[float, float]:
+        """(highest level, lowest one above 0): the model's own in a whole run, as in the webui, for
+        samplers that choose their own levels in between."""
+        if self.sigmas == self.whole:
+            return self.schedule.highest, self.schedule.lowest
+        return self.sigmas[0], min(sigma for sigma in self.sigmas if sigma > 0)
 
     @property
     def eta(self) -> float:
@@ -113,7 +118,7 @@ def euler_ancestral(run: Run) -> Sampling:
         denoised = yield x, sigma
         down, up = split_ancestral(sigma, next_sigma, run.eta)
         x = _towards(x, denoised, sigma, down)
-        if next_sigma > 0:
+        if up:
             x = x + run.noise.next() * (run.options.s_noise * up)
     return x
 
@@ -150,7 +155,7 @@ def dpm_2_ancestral(run: Run) -> Sampling:
         denoised = yield x, sigma
         down, up = split_ancestral(sigma, next_sigma, run.eta)
         x = yield from _through_the_middle(x, denoised, sigma, down)
-        if next_sigma > 0:
+        if up:
             x = x + run.noise.next() * (run.options.s_noise * up)
     return x
 
@@ -205,7 +210,7 @@ def dpmpp_2s_ancestral(run: Run) -> Sampling:
             halfway = _exponential_step(x, denoised, sigma, middle)
             denoised = yield halfway, middle
             x = _exponential_step(x, denoised, sigma, down)
-        if next_sigma > 0:
+        if up:
             x = x + run.noise.next() * (run.options.s_noise * up)
     return x
 
@@ -340,7 +345,7 @@ def _split_times(start: float, end: float, last: float, eta: float) -> tuple[flo
 def dpm_fast(run: Run) -> Sampling:
     """DPM-Solver-fast: as many evaluations as there are steps, in steps of order 3 and a rest."""
     x, calls = run.x, len(run.steps)
-    start, end = -log(run.sigmas[0]), -log(min(sigma for sigma in run.sigmas if sigma > 0))
+    start, end = (-log(sigma) for sigma in run.ends)
     if end <= start:
         return (yield x, run.sigmas[0])
     count = calls // 3 + 1
@@ -362,9 +367,10 @@ def dpm_adaptive(run: Run) -> Sampling:
     assert run.x.shape[0] == 1
     rtol, atol, order, safety = 0.05, 0.0078, 3, 0.81
     x = before = run.x
-    positive = [sigma for sigma in run.sigmas if sigma > 0]
-    lowest = positive[-1] if len(positive) > 1 else run.schedule.lowest
-    time, end = -log(run.sigmas[0]), -log(lowest)
+    highest, lowest = run.ends
+    if lowest == highest:
+        lowest = run.schedule.lowest
+    time, end = -log(highest), -log(lowest)
     if time >= end - 1e-5:
         return (yield x, run.sigmas[0])
     step = 0.05
@@ -424,39 +430,15 @@ def _restart_steps(sigmas: Sigmas) -> list[tuple[float, float]]:
     return pairs[:low] + list(pairwise(loop)) * times + pairs[low:]
 
 
-def ddim(run: Run) -> Sampling:
-    """DDIM, https://arxiv.org/abs/2010.02502: in these latents, steps of Euler, on which `eta` puts
-    the noise that ancestral samplers put there; 0 of it unless asked for."""
-    options = msgspec.structs.replace(run.options, eta=run.options.eta or 0.0)
-    x = yield from euler_ancestral(msgspec.structs.replace(run, options=options))
-    return _scaled_down(x, run.sigmas[-1])
-
-
-_ADAMS_BASHFORTH = (
-    (3 / 2, -1 / 2),
-    (23 / 12, -16 / 12, 5 / 12),
-    (55 / 24, -59 / 24, 37 / 24, -9 / 24),
-)
-
-
-def plms(run: Run) -> Sampling:
-    """PNDM without its Runge-Kutta steps, https://arxiv.org/abs/2202.09778: the slopes of the last
-    four steps; the first step is an improved Euler step."""
-    x, slopes = run.x, list[Tensor]()
+def lcm(run: Run) -> Sampling:
+    """https://arxiv.org/abs/2310.04378: what is denoised gets new noise. `run.schedule`: that of
+    such a model."""
+    x = run.x
     for sigma, next_sigma in run.steps:
-        slope = (x - (yield x, sigma)) / sigma
-        slopes = [slope, *slopes][:4]
-        if len(slopes) == 1:
-            ahead = x + slope * (next_sigma - sigma)
-            slope = (slope + (ahead - (yield ahead, next_sigma)) / next_sigma) / 2
-        else:
-            weights = _ADAMS_BASHFORTH[len(slopes) - 2]
-            terms = [weight * slope for weight, slope in zip(weights, slopes, strict=True)]
-            slope = torch.stack(terms).sum(0)
-        x = x + slope * (next_sigma - sigma)
-    return _scaled_down(x, run.sigmas[-1])
-
-
-def _scaled_down(x: Tensor, sigma: float) -> Tensor:
-    """Latents that end at a level above 0, as the models of these samplers know them."""
-    return x / math.sqrt(1 + sigma**2)
+        time = run.schedule.time_of(sigma)
+        denoised = yield x, sigma, time
+        scaled = time * 10
+        x = (denoised * scaled / math.hypot(scaled, 0.5)) + x * 0.25 / (scaled**2 + 0.25)
+        if next_sigma > 0:
+            x = x + run.noise.next() * next_sigma
+    return x
