@@ -23,7 +23,6 @@ from shared.objects import StoredParams
 from shared.webui import titles
 from shared.webui.body_names import (
     EMBEDDING,
-    FACE_RESTORATION,
     PAINTING,
     BodyNames,
     NamedModel,
@@ -33,7 +32,7 @@ from shared.webui.body_names import (
 )
 from shared.webui.settings import WebuiSettings
 from shared.webui.titles import CHECKPOINT
-from shared.weights.kinds import embedding_fits
+from shared.weights.kinds import FACE_RESTORATION, embedding_fits
 
 MOST_MODELS = 200
 """That the params of a job may name."""

@@ -21,10 +21,9 @@ from shared.webui.settings import WebuiSettings
 from shared.webui.styles import read_styles, styled, written
 from shared.webui.titles import CHECKPOINT, LORA, UPSCALER, stem_of
 from shared.webui.values import as_flag, as_number, as_whole
-from shared.weights.kinds import CODEFORMER, GFPGAN
+from shared.weights.kinds import CODEFORMER, FACE_RESTORATION, GFPGAN
 
 VAE, EMBEDDING, CONTROLNET, REMBG = "VAE", "embeddings", "ControlNet", "rembg"
-FACE_RESTORATION = "FaceRestoration"
 PAINTING = ("txt2img", "img2img")
 NO_MODEL = {
     CHECKPOINT: ("", "none", "use same checkpoint"),

@@ -20,6 +20,7 @@ UNET = "model.diffusion_model."
 _XL_TEXT = ("conditioner.embedders.0.", "conditioner.embedders.1.")
 
 
+FACE_RESTORATION = "FaceRestoration"
 GFPGAN, RESTOREFORMER, CODEFORMER = "GFPGAN", "RestoreFormer", "CodeFormer"
 """Families of models that restore faces."""
 
@@ -150,7 +151,7 @@ _OF_FACES = {
 def _faces(header: Header) -> Kind | None:
     for family, names in _OF_FACES.items():
         if names <= header.tensors.keys():
-            return Kind("FaceRestoration", f"a {family} model that restores faces", family)
+            return Kind(FACE_RESTORATION, f"a {family} model that restores faces", family)
     return None
 
 

@@ -807,6 +807,8 @@ async def test_what_a_file_is_stands_beside_it(service: Models, gateway_bucket: 
         ("VAE", weights("ControlNet"), "(type ControlNet)"),
         ("ControlNet", weights("Upscaler"), "is no model that is known here"),
         ("Upscaler", weights("VAE"), "declared as Upscaler and is a VAE"),
+        ("Upscaler", weights("FaceRestoration"), "restores faces (type FaceRestoration)"),
+        ("FaceRestoration", weights("Upscaler"), "is no model that is known here"),
         ("rembg", weights("embeddings"), "(type embeddings)"),
         ("rembg", b"<html>" * 100, "no ONNX model"),
         ("Lora", weights("Lora")[:-1], "upload it again"),

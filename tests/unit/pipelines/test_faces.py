@@ -184,7 +184,8 @@ def test_a_face_is_computed_by_the_model_of_the_file(gfpgan: Model, easel: Easel
     assert abs(restorer._restored(face) - theirs).max() <= 0.51
 
 
-def test_a_restoreformer_is_known_and_computes(easel: Easel, tmp_path: Path) -> None:
+def restoreformer(*, double_z: bool = False) -> Any:
+    """A small one of random weights."""
     sizes = {
         "n_embed": 8,
         "embed_dim": 8,
@@ -197,12 +198,16 @@ def test_a_restoreformer_is_known_and_computes(easel: Easel, tmp_path: Path) -> 
         "in_channels": 3,
         "resolution": 512,
         "z_channels": 8,
-        "double_z": False,
+        "double_z": double_z,
         "enable_mid": True,
         "head_size": 8,
     }
     torch.manual_seed(0)
-    network = import_spandrel().architectures.RestoreFormer.RestoreFormer(**sizes)
+    return import_spandrel().architectures.RestoreFormer.RestoreFormer(**sizes)
+
+
+def test_a_restoreformer_is_known_and_computes(easel: Easel, tmp_path: Path) -> None:
+    network = restoreformer()
     path = small.write(tmp_path / "former", network.state_dict())
     library = easel.engine.library
     restorer = faces.FaceRestorer("RestoreFormer", library, library.open(path, "former.pth"))
@@ -211,6 +216,31 @@ def test_a_restoreformer_is_known_and_computes(easel: Easel, tmp_path: Path) -> 
     with torch.no_grad():
         theirs = ((network(levels)[0][0].clamp(-1, 1) + 1) / 2 * 255).permute(1, 2, 0).numpy()
     assert abs(restorer._restored(face) - theirs).max() <= 0.51
+
+
+def test_a_model_that_is_none_is_told_from_what_its_file_says(
+    easel: Easel, tmp_path: Path, portrait: Image.Image
+) -> None:
+    names = ("quantize.embedding.weight", "quant_conv.weight", "encoder.conv_in.weight")
+    path = small.write(tmp_path / "broken", {name: torch.zeros(32, 3, 3, 3) for name in names})
+    broken: Model = ("FaceRestoration", "broken.pth", path)
+    body = {"init_images": [base64_of(portrait)], "restore_faces": True}
+    library = easel.engine.library
+    restorer = faces.FaceRestorer("RestoreFormer", library, library.open(path, "broken.pth"))
+    with pytest.raises(JobFailure, match=r"^broken.pth is no model that restores faces of a form"):
+        restorer.restore(portrait)
+    assert easel.paint(broken, **body).warnings == ["restore_faces: no face was found"]
+
+
+def test_a_network_that_fits_no_face_is_told(
+    easel: Easel, portrait: Image.Image, tmp_path: Path
+) -> None:
+    """One half of it makes twice as many channels as the other takes."""
+    path = small.write(tmp_path / "former", restoreformer(double_z=True).state_dict())
+    library = easel.engine.library
+    restorer = faces.FaceRestorer("RestoreFormer", library, library.open(path, "former.pth"))
+    with pytest.raises(JobFailure, match=r"^former.pth can't take a face: "):
+        restorer.restore(portrait)
 
 
 def test_a_painted_face_is_restored(

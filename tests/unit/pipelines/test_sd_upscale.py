@@ -283,6 +283,7 @@ ARGS = ["", 16, "Lanczos", 2]
         ),
         ({"args": ["", 16, 1, 1]}, "width and height: got tiles of 64x64, allowed are those that"),
         ({"args": ["", 63, 1, 8]}, "script_args: SD upscale: got 144129 tiles, allowed are"),
+        ({"args": ARGS, "seed": 2**64 - 4}, "seed: got 18446744073709551612, allowed is what leav"),
         ({"args": ARGS, "mask": base64_of(photo())}, "mask: got one, allowed is none with SD ups"),
     ],
 )

@@ -21,15 +21,21 @@ from torch import Tensor
 
 from services.inference.worker.pipelines import JobFailure
 from services.inference.worker.pipelines.library import Library, Models
+from services.inference.worker.pipelines.memory import is_of_the_device, is_out_of_memory
 from services.inference.worker.pipelines.models.files import ModelFile
 from services.inference.worker.pipelines.models.image_models import (
     EXTRA_ARCHITECTURES,
     has_extra_architectures,
 )
 from services.inference.worker.pipelines.params.reading import short
-from shared.weights.kinds import CODEFORMER, GFPGAN, RESTOREFORMER, recognise
+from shared.weights.kinds import (
+    CODEFORMER,
+    FACE_RESTORATION,
+    GFPGAN,
+    RESTOREFORMER,
+    recognise,
+)
 
-FACE_RESTORATION = "FaceRestoration"
 DETECTOR = Path(__file__).parent / "face_detector" / "face_detection_yunet_2023mar.onnx"
 LEAST_SCORE = 0.8
 DETECTION_SIDES = (512, 1024)
@@ -104,7 +110,14 @@ class FaceRestorer(msgspec.Struct, frozen=True, eq=False):
         device = self.library.place.device
         net = self.library.image_model(self.file).model
         levels = torch.from_numpy(face.copy()).permute(2, 0, 1)[None].to(device).float() / 127.5 - 1
-        restored = _CALLS[self.name](net, levels, self.weight)[0].float().clamp(-1, 1)
+        try:
+            restored = _CALLS[self.name](net, levels, self.weight)[0].float().clamp(-1, 1)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            if is_out_of_memory(error) or is_of_the_device(error):
+                raise
+            # Its sizes are its file's: they may make up a network that fits no face.
+            line = next(iter(str(error).splitlines()), type(error).__name__)[:200]
+            raise JobFailure(f"{self.file.name} can't take a face: {line}") from error
         if not torch.isfinite(restored).all():
             raise JobFailure(f"{self.file.name} makes no numbers of a face: it may be damaged")
         pixels: Pixels = ((restored + 1) * 127.5).round().to("cpu", torch.uint8).numpy()

@@ -43,11 +43,7 @@ from services.inference.worker.pipelines.denoising import (
     together,
 )
 from services.inference.worker.pipelines.enlarging import Upscaler, find_upscaler
-from services.inference.worker.pipelines.faces import (
-    FACE_RESTORATION,
-    FaceRestorer,
-    find_face_restorer,
-)
+from services.inference.worker.pipelines.faces import FaceRestorer, find_face_restorer
 from services.inference.worker.pipelines.library import Library, Models, Shelved, receipt
 from services.inference.worker.pipelines.models.checkpoints import Checkpoint, set_tiling
 from services.inference.worker.pipelines.models.components import tokenizer
@@ -93,7 +89,7 @@ from services.inference.worker.pipelines.stopwatch import Stopwatch
 from shared.contracts.inference import RunJob
 from shared.webui.body_names import NETWORKS
 from shared.webui.settings import WebuiSettings
-from shared.weights.kinds import REFINER, SDXL, describe, embedding_fits
+from shared.weights.kinds import FACE_RESTORATION, REFINER, SDXL, describe, embedding_fits
 
 CHECKPOINT, VAE, LORA, EMBEDDING = "Stable-diffusion", "VAE", "Lora", "embeddings"
 MOST_STEPS = 1000

@@ -30,7 +30,7 @@ from services.inference.worker.pipelines.painting import (
     Start,
     Studio,
 )
-from services.inference.worker.pipelines.params.painting import PaintingParams
+from services.inference.worker.pipelines.params.painting import HIGHEST_SEED, PaintingParams
 from services.inference.worker.pipelines.params.reading import Body, convert
 from services.inference.worker.pipelines.pictures.files import on_ground, read_picture
 from services.inference.worker.pipelines.pictures.tiles import tile_grid
@@ -102,6 +102,13 @@ class SDUpscalePlan(PaintingPlan):
             raise JobFailure(
                 f"script_args: SD upscale: got {count} tiles, allowed are {MOST_TILES}; choose"
                 " larger ones (width, height) or less overlap"
+            )
+        last = params.seed + params.n_iter - 1
+        highest = max(seeds_of_tile(params, last, n)[0] for n in range(self.grid.count))
+        if highest > HIGHEST_SEED:
+            raise JobFailure(
+                f"seed: got {params.seed}, allowed is what leaves every tile one up to"
+                f" {HIGHEST_SEED}"
             )
 
     def _checked(self, size: tuple[int, int]) -> tuple[int, int]:

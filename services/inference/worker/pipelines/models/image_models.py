@@ -13,6 +13,7 @@ import torch
 from services.inference.worker.pipelines import JobFailure
 from services.inference.worker.pipelines.memory import is_out_of_memory
 from services.inference.worker.pipelines.models.files import ModelFile
+from shared.weights.kinds import FACE_RESTORATION, recognise
 
 EXTRA_ARCHITECTURES = "spandrel_extra_arches"
 """A package with architectures whose licences are for non-commercial use, CodeFormer's among them.
@@ -23,11 +24,13 @@ def load_image_model(file: ModelFile, device: torch.device) -> Any:
     """spandrel's descriptor of a model of three channels, whatever it knows by its tensors. Raises
     JobFailure."""
     spandrel = import_spandrel()
+    faces = recognise(file.header).type == FACE_RESTORATION
+    kind = "model that restores faces" if faces else "upscaler"
     try:
         tensors = spandrel.canonicalize_state_dict(file.read())
         model = spandrel.ModelLoader(device).load_from_state_dict(tensors)
     except spandrel.UnsupportedModelError:
-        raise JobFailure(f"{file.name} is no upscaler of a form that is known here") from None
+        raise JobFailure(f"{file.name} is no {kind} of a form that is known here") from None
     except Exception as error:
         # A file that has the right names may make the library stumble anywhere.
         if isinstance(error, JobFailure) or is_out_of_memory(error):
@@ -35,7 +38,7 @@ def load_image_model(file: ModelFile, device: torch.device) -> Any:
         said = " ".join(str(error).split())
         said = re.sub(r"^Error\(s\) in loading state_dict for \w+: ", "", said)[:200]
         raise JobFailure(
-            f"broken checkpoint: {file.name}: its tensors make up no upscaler: {said}"
+            f"broken checkpoint: {file.name}: its tensors make up no {kind}: {said}"
         ) from error
     if not isinstance(model, spandrel.ImageModelDescriptor):
         raise JobFailure(f"{file.name} ({model.architecture.name}) needs more than a picture")
