@@ -416,14 +416,26 @@ def test_a_checkpoint_without_a_vae_runs_with_one_beside_it(
     assert worst(seen.pixels[0], bench.paint(whole).pixels[0]) == 0
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"layers_per_block": 10**9}, r"<= 64 - at `\$.unet.layers_per_block`"),
+        ({"in_channels": 10**9}, r"<= 100000 - at `\$.unet.in_channels`"),
+        ({"down_block_types": True}, r"Expected `array`, got `bool` - at `\$.unet.down_block_t"),
+        ({"down_block_types": ["DownBlock3D"]}, r"Invalid enum value 'DownBlock3D'"),
+        ({"down_block_types": ["DownBlock2D"]}, r"down_block_types has 1 entries, 2 are needed"),
+        ({"norm_num_groups": 7}, r"16 can't be 7 equal groups"),
+        ({"addition_embed_type": "text_time"}, r"addition_time_embed_dim is missing"),
+        ({"block_out_channels": None}, r"Expected `array`, got `null`"),
+    ],
+)
 def test_a_config_may_not_ask_for_the_impossible(
-    bench: Bench, checkpoints: Checkpoints, tmp_path: Path
+    bench: Bench, checkpoints: Checkpoints, tmp_path: Path, change: Any, reason: str
 ) -> None:
     model, _ = checkpoints["SD 1.x"]
-    huge = {**model.configs["unet"], "layers_per_block": 10**9}
-    path = tmp_path / "huge.safetensors"
-    tiny.save(path, model.tensors(), {**model.configs, "unet": huge})
-    with pytest.raises(JobFailure, match=r"<= 64 - at `\$.*layers_per_block`"):
+    path = tmp_path / "odd.safetensors"
+    tiny.save(path, model.tensors(), {**model.configs, "unet": {**model.configs["unet"], **change}})
+    with pytest.raises(JobFailure, match=f"darkroom.config in odd.safetensors: .*{reason}"):
         bench.paint(path)
 
 

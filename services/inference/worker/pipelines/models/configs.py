@@ -121,14 +121,14 @@ def read_config(text: str, type_: type[T], file: str) -> T:
     """Raises JobFailure for one with anything that is not allowed."""
     try:
         config = msgspec.json.decode(text, type=type_)
-        _check_levels(config)
+        _check_together(config)
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise JobFailure(f"broken checkpoint: darkroom.config in {file}: {error}") from None
     return config
 
 
-def _check_levels(config: Any) -> None:
-    """Raises ValueError where lists do not go together."""
+def _check_together(config: Any) -> None:
+    """Raises ValueError where values do not go together."""
     for part in [config, *config.values()]:
         if not isinstance(part, dict) or "block_out_channels" not in part:
             continue
@@ -142,6 +142,10 @@ def _check_levels(config: Any) -> None:
             value = part.get(key)
             if isinstance(value, list) and len(value) != levels:
                 raise ValueError(f"{key} has {len(value)} entries, {levels} are needed")
+        if part.get("addition_embed_type"):
+            for key in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
+                if part.get(key) is None:
+                    raise ValueError(f"{key} is missing, which addition_embed_type needs")
         groups = part.get("norm_num_groups", 32)
         for channels in part["block_out_channels"]:
             if channels % groups:
