@@ -88,7 +88,7 @@ def styled(prompt: str, additions: Sequence[str]) -> str:
 def tidied(prompt: str) -> str:
     """Webui 1.7 does this to every prompt: several commas or spaces in a row are one, and none are
     at the ends."""
-    prompt = re.sub(r"(?:,+\s+)+,?", ", ", prompt)
+    prompt = re.sub(r"(?<!,)(?:,+\s+)+,?", ", ", prompt)
     return re.sub(r"\s{2,}", " ", prompt).strip(", ")
 
 

@@ -33,7 +33,7 @@ UPSCALERS = {
 }
 """What the webui calls the files that it fetches by itself, and their names where they lie."""
 
-_HASHED = re.compile(r"(.*?)\s*\[([0-9a-f]{8,64})\]\s*", re.DOTALL | re.IGNORECASE)
+_DIGITS = re.compile(r"[0-9a-f]{8,64}", re.IGNORECASE)
 _HASH = re.compile(r"[0-9a-f]{10,64}", re.IGNORECASE)
 
 
@@ -99,9 +99,11 @@ def hash_in(type_: str, title: str) -> str:
 
 def _readings(title: str) -> Iterator[tuple[str, str]]:
     """What may be the name, and the hash behind it."""
-    yield title.strip(), ""
-    if hashed := _HASHED.fullmatch(title):
-        yield hashed[1].strip(), hashed[2].lower()
+    title = title.strip()
+    yield title, ""
+    name, bracket, digits = title.removesuffix("]").rpartition("[")
+    if bracket and title.endswith("]") and _DIGITS.fullmatch(digits):
+        yield name.strip(), digits.lower()
 
 
 def _named(type_: str, name: str, files: Sequence[F]) -> list[F]:
