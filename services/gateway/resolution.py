@@ -23,17 +23,21 @@ from shared.objects import StoredParams
 from shared.webui import titles
 from shared.webui.body_names import (
     EMBEDDING,
+    MOST_NAMED,
     PAINTING,
     BodyNames,
     NamedModel,
-    has_word,
+    has_words,
     names_in,
     squeezed,
+    words_of,
 )
 from shared.webui.settings import WebuiSettings
 from shared.webui.titles import CHECKPOINT
 from shared.weights.kinds import FACE_RESTORATION, embedding_fits
 
+MOST_VALUES = 500_000
+"""In params, a picture being one: while JSON is read, nobody else is served."""
 MOST_MODELS = 200
 """That the params of a job may name."""
 MOST_TOLD = 5
@@ -95,19 +99,13 @@ async def resolve(
     webui: WebuiSettings,
 ) -> NamedByParams:
     """What `params` name beside `listed`, the job's own models. Raises ApiError 404 for a name that
-    the owner may use no file by, and 400 for pictures that nothing says a checkpoint of."""
-    named = await asyncio.to_thread(names_in, task_type, params.body, webui)
+    the owner may use no file by, and 400 for pictures that nothing says a checkpoint of and for
+    too many values or names."""
+    named = await asyncio.to_thread(_read, task_type, params.body, webui)
     if named is None:
         return NamedByParams(params.written_at)
-    named = _storable(named)
     _check_checkpoint(task_type, named, listed)
-    listed_by_type = _by_type(listed)
-    wanted = [
-        one
-        for one in named.models
-        if not _meant(one, listed_by_type.get(one.type, []))
-        and not (one.by_default and one.type in listed_by_type)
-    ]
+    wanted = await asyncio.to_thread(_not_listed, named.models, listed)
     if len(wanted) > MOST_MODELS:
         raise ApiError(400, f"params: they name {len(wanted)} models, allowed are {MOST_MODELS}")
     found = await _find(wanted, owner, views) if wanted else []
@@ -115,6 +113,27 @@ async def resolve(
     models = [file.used(from_params=True) for file in found]
     checkpoints = {file.checkpoint.checkpoint_id: file.checkpoint for file in found}
     return NamedByParams(params.written_at, list(dict.fromkeys(models)), [*checkpoints.values()])
+
+
+def _read(task_type: str, body: bytes, webui: WebuiSettings) -> BodyNames | None:
+    if sum(body.count(sign) for sign in (b",", b"[", b"{")) > MOST_VALUES:
+        raise ApiError(400, f"params: they have more than {MOST_VALUES} values")
+    named = names_in(task_type, body, webui)
+    if named and len(named.models) == MOST_NAMED:
+        raise ApiError(
+            400, f"params: they name {MOST_NAMED} models or more, allowed are {MOST_MODELS}"
+        )
+    return _storable(named) if named else None
+
+
+def _not_listed(models: Iterable[NamedModel], listed: Iterable[FoundFile]) -> list[NamedModel]:
+    by_type = _by_type(listed)
+    return [
+        one
+        for one in models
+        if not _meant(one, by_type.get(one.type, []))
+        and not (one.by_default and one.type in by_type)
+    ]
 
 
 def _storable(named: BodyNames) -> BodyNames:
@@ -180,9 +199,17 @@ async def _find_embeddings(
 ) -> list[FoundFile]:
     """One of each name that stands in a prompt and is not listed. Where the families of the job's
     checkpoints are known, it is for one of those: a word means an embedding only there."""
-    text = "\n".join(map(squeezed, prompts))
+    text = await asyncio.to_thread(lambda: "\n".join(map(squeezed, prompts)))
     if not text:
         return []
+    known = _files_of(await views.list_embeddings_in(text, owner))
+    return await asyncio.to_thread(_embeddings_in, prompts, known, others) if known else []
+
+
+def _embeddings_in(
+    prompts: Sequence[str], known: Sequence[FoundFile], others: Sequence[FoundFile]
+) -> list[FoundFile]:
+    words = "\n".join(map(words_of, prompts))
     families = {
         file.file.kind.family if file.file.kind else ""
         for file in others
@@ -192,12 +219,12 @@ async def _find_embeddings(
         titles.stem_of(file.name).lower() for file in others if file.checkpoint.type == EMBEDDING
     }
     found = []
-    for file in _files_of(await views.list_embeddings_in(text, owner)):
+    for file in known:
         stem = titles.stem_of(file.name).lower()
         widths = file.file.kind.widths if file.file.kind else []
         if stem in taken or not embedding_fits(widths, families):
             continue
-        if any(has_word(prompt, stem) for prompt in prompts):
+        if has_words(words, stem):
             taken.add(stem)
             found.append(file)
     return found

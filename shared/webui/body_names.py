@@ -38,6 +38,10 @@ NO_MODEL = {
 """What stands for a choice and not for a file, in lower case."""
 LONGEST_PROMPT, MOST_CHARACTERS = 100_000, 5_000_000
 """Of a prompt, and of all that a plot makes of one: far more than the worker takes."""
+MOST_STYLES = 1000
+"""Of a prompt."""
+MOST_NAMED = 2000
+"""Titles that are told of a body."""
 
 
 class NamedModel(msgspec.Struct, frozen=True):
@@ -118,7 +122,7 @@ def _read(body: bytes) -> _Body | None:
 
 
 def _of_painting(raw: _Body, task_type: str, webui: WebuiSettings) -> BodyNames:
-    axes = plot_axes(raw, task_type)
+    axes = plot_axes(raw, task_type, webui.max_pictures)
     hires = task_type == "txt2img" and _flag(raw.get("enable_hr"))
     settings = _object(raw.get("override_settings"))
     checkpoint = _either(axes, "checkpoint name", settings.get("sd_model_checkpoint"))
@@ -134,15 +138,15 @@ def _of_painting(raw: _Body, task_type: str, webui: WebuiSettings) -> BodyNames:
             (UPSCALER, "hr_upscaler", _either(axes, "hires upscaler", upscaler)),
         ]
     fields += _of_sd_upscale(raw, task_type)
-    found = [*_models(fields), *_of_faces(raw, axes), *_of_scripts(raw)]
     prompts = _prompts(raw, axes, webui, hires=hires)
-    if not _flag(raw.get("disable_extra_networks")):
-        found += [
-            NamedModel(LORA, name, f"{field}: <{kind}:…>")
-            for field, text in prompts
-            if "negative" not in field
-            for kind, name in networks_in(text)
-        ]
+    acting = [] if _flag(raw.get("disable_extra_networks")) else prompts
+    networks = (
+        NamedModel(LORA, name, f"{field}: <{kind}:…>")
+        for field, text in acting
+        if "negative" not in field
+        for kind, name in networks_in(text)
+    )
+    found = itertools.chain(_models(fields), _of_faces(raw, axes), _of_scripts(raw), networks)
     plain = (NETWORK.sub("", text) for _, text in prompts)
     return BodyNames(
         _distinct(found),
@@ -155,7 +159,10 @@ def _prompts(raw: _Body, axes: Axes, webui: WebuiSettings, *, hires: bool) -> li
     """All that is rendered, of all cells of a plot, each with the field that it comes from."""
     known = read_styles(webui.styles)
     own = [name for name in _list(raw.get("styles")) if isinstance(name, str)]
-    chosen = [[*own, *value.split(",")] for value in _either(axes, "styles", "")]
+    chosen = [
+        [*own[:MOST_STYLES], *value.split(",")][:MOST_STYLES]
+        for value in _either(axes, "styles", "")
+    ]
     styles = [[known[name] for name in names if name in known] for names in chosen]
     positive = [[style.prompt for style in some] for some in styles]
     negative = [[style.negative_prompt for style in some] for some in styles]
@@ -167,7 +174,7 @@ def _prompts(raw: _Body, axes: Axes, webui: WebuiSettings, *, hires: bool) -> li
     found = []
     for field, additions in fields.items():
         given = raw.get(field)
-        given = given if isinstance(given, str) else ""
+        given = given if isinstance(given, str) and len(given) <= LONGEST_PROMPT else ""
         if field.startswith("hr_") and not given:
             continue  # it is the first pass's
         texts = [given] if field.startswith("hr_") else _replaced(given, axes)
@@ -286,8 +293,8 @@ Axes = list[tuple[str, list[str]]]
 """Of a plot: what each is called, and its values."""
 
 
-def plot_axes(raw: _Body, task_type: str) -> Axes:
-    """The axes of models, and their values: for the body of a plot, else none."""
+def plot_axes(raw: _Body, task_type: str, most: int) -> Axes:
+    """The axes of models, and up to `most` of their values: for the body of a plot, else none."""
     given = raw.get("script_args")
     if _text(raw.get("script_name")).lower() != PLOT or not isinstance(given, list):
         return []
@@ -298,15 +305,18 @@ def plot_axes(raw: _Body, task_type: str) -> Axes:
         for label, numbers in MODEL_AXES.items():
             if as_whole(type_) == numbers.get(task_type) or _text(type_).lower() == label:
                 choose = chosen and not csv_mode and label not in _TYPED
-                axes.append((label, _values(chosen if choose else typed)))
+                axes.append((label, _values(chosen if choose else typed, most)))
     return axes
 
 
-def _values(given: Any) -> list[str]:
+def _values(given: Any, most: int) -> list[str]:
     if not isinstance(given, str):
-        return [str(one) for one in given] if isinstance(given, list) else []
+        return [str(one) for one in _list(given)[:most]]
+    if len(given) > MOST_CHARACTERS:
+        return []
     try:
-        return [one.strip() for row in csv.reader(io.StringIO(given)) for one in row]
+        values = (one.strip() for row in csv.reader(io.StringIO(given)) for one in row)
+        return [*itertools.islice(values, most)]
     except csv.Error:
         return []
 
@@ -370,11 +380,16 @@ def squeezed(prompt: str) -> str:
     return "".join(_lowered(prompt).split())
 
 
-def has_word(prompt: str, name: str) -> bool:
-    """Whether a name stands in a prompt as whole words, in the sense of CLIP's tokenizer: runs of
-    letters, single digits and signs. What stands for it may still be another, longer name: the
-    worker, which has the tokens, decides."""
-    words, wanted = (" ".join(["", *_WORD.findall(_lowered(one)), ""]) for one in (prompt, name))
+def words_of(text: str) -> str:
+    """In lower case with one space around each, in the sense of CLIP's tokenizer: runs of letters,
+    single digits and signs."""
+    return " ".join(["", *_WORD.findall(_lowered(text)), ""])
+
+
+def has_words(words: str, name: str) -> bool:
+    """Whether a name stands among the `words_of` prompts. What stands for it may still be another,
+    longer name: the worker, which has the tokens, decides."""
+    wanted = words_of(name)
     return bool(wanted.strip()) and wanted in words
 
 
@@ -407,8 +422,10 @@ def _number(given: Any) -> float:
 
 
 def _distinct(found: Iterable[NamedModel]) -> list[NamedModel]:
-    """One of each title, where it stands first."""
+    """One of each title, where it stands first; no more than MOST_NAMED."""
     by_title: dict[tuple[str, str], NamedModel] = {}
     for one in found:
         by_title.setdefault((one.type, one.title), one)
+        if len(by_title) == MOST_NAMED:
+            break
     return [*by_title.values()]

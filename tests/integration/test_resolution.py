@@ -322,6 +322,11 @@ async def test_a_long_name_and_many_names_are_refused_in_few_words(registry: Reg
     with pytest.raises(ApiError, match="they name 201 models, allowed are 200") as refused:
         await registry.resolve({"prompt": prompt})
     assert refused.value.status == 400
+    prompt = " ".join(f"<lora:l{number}:1>" for number in range(5000))
+    with pytest.raises(ApiError, match="they name 2000 models or more, allowed are 200"):
+        await registry.resolve({"prompt": prompt})
+    with pytest.raises(ApiError, match="they have more than 500000 values"):
+        await registry.resolve({"alwayson_scripts": [[]] * 600_000})
 
 
 @pytest.mark.parametrize("task_type", ["txt2img", "img2img"])

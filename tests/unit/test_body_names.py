@@ -13,11 +13,13 @@ from services.inference.worker.pipelines.plotting import AXES
 from shared.webui.body_names import (
     LONGEST_PROMPT,
     MODEL_AXES,
+    MOST_NAMED,
     NO_MODEL,
     BodyNames,
-    has_word,
+    has_words,
     names_in,
     squeezed,
+    words_of,
 )
 from shared.webui.settings import WebuiSettings
 
@@ -261,6 +263,24 @@ def test_prompt_s_r_can_not_make_texts_without_end() -> None:
     assert len(all_texts("", *["x"] * 100_000)) < 1000
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": " " * 20_000_000 + "x", "script_args": [7, ",".join(["ab"] * 50_000), []]},
+        {"prompt": "," * LONGEST_PROMPT + "x"},
+        {"prompt": "x", "script_args": [11, "", [str(number) for number in range(300_000)]]},
+        {"prompt": "x", "script_args": [11, "," * 20_000_000, []]},
+        {"prompt": "".join(f"<lora:{number}:1>" for number in range(7000))},
+        {"prompt": "x", "styles": [""] * 100_000, "script_args": [28, "", ["x"] * 100_000]},
+    ],
+    ids=["replaced", "commas", "cells", "typed", "networks", "styles"],
+)
+def test_a_body_is_read_in_time_that_grows_with_its_length(body: dict[str, Any]) -> None:
+    names = read("txt2img", script_name="x/y/z plot", **body)
+    assert len(names.models) <= MOST_NAMED
+    assert sum(map(len, names.prompts)) <= LONGEST_PROMPT
+
+
 STYLES = WebuiSettings(
     styles=json.dumps(
         {
@@ -328,7 +348,7 @@ def test_the_numbers_of_axes_are_those_of_the_plot() -> None:
     ],
 )
 def test_an_embedding_is_named_by_whole_words(prompt: str, name: str, stands: bool) -> None:
-    assert has_word(prompt, name) == stands
+    assert has_words(words_of(prompt), name) == stands
     if stands:
         assert squeezed(name) in squeezed(prompt), "else nobody would ask"
 

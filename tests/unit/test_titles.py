@@ -119,3 +119,10 @@ def test_whatever_is_found_by_a_name_is_under_its_keys() -> None:
         assert found is not None, title
         known = {stem_of(found.name).lower(), found.alias.lower()}
         assert known & {*keys_of(type_, title)}, title
+
+
+def test_a_title_takes_time_that_grows_with_its_length() -> None:
+    """It would be minutes with the square of it."""
+    title = "a" + " " * 1_000_000 + "b"
+    assert find(CHECKPOINT, title, [Named("a")]) is None
+    assert keys_of(CHECKPOINT, title) == [title]
