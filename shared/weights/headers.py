@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Collection
 from typing import BinaryIO
 
 import msgspec
@@ -17,6 +18,8 @@ from shared.weights import BrokenFile
 MAX_HEADER = 32 * 1024**2
 """Bytes. The largest that are met, with the notes of a long training, have some five million."""
 MAX_TENSORS = 200_000
+MAX_NAME = 500
+"""Characters, of a tensor: three times as many as the longest that are met."""
 
 BITS = {
     "F64": 64,
@@ -104,14 +107,25 @@ def read_header(file: BinaryIO, size: int) -> Header:
     return Header(tensors, metadata)
 
 
+def check_names(names: Collection[str]) -> None:
+    """Raises BrokenFile for more tensors, or longer names, than a model has."""
+    if len(names) > MAX_TENSORS:
+        raise BrokenFile(f"it has more than {MAX_TENSORS} tensors")
+    longest = max(names, key=len, default="")
+    if len(longest) > MAX_NAME:
+        raise BrokenFile(
+            f"the name of a tensor, {longest[:60]!r}…, has {len(longest)} characters, allowed are"
+            f" {MAX_NAME}"
+        )
+
+
 def _parse(text: bytes) -> tuple[dict[str, TensorSpec], dict[str, str], int]:
     """Tensors, metadata, and the bytes that all tensors take together."""
     try:
         raw = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
         notes = raw.pop("__metadata__", None)
         metadata = msgspec.json.decode(notes, type=dict[str, str]) if notes else {}
-        if len(raw) > MAX_TENSORS:
-            raise BrokenFile(f"it has more than {MAX_TENSORS} tensors")
+        check_names(raw)
         entries = {
             name: msgspec.json.decode(entry, type=_Entry, strict=True)
             for name, entry in raw.items()

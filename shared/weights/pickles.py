@@ -21,7 +21,7 @@ import msgspec
 from picklescan.scanner import SafetyLevel, scan_pickle_bytes
 
 from shared.weights import BrokenFile, UnsafeFile
-from shared.weights.headers import BITS, MAX_TENSORS, Header, TensorSpec
+from shared.weights.headers import BITS, Header, TensorSpec, check_names
 
 MAX_PICKLE = 32 * 1024**2
 """Bytes of the program itself, without the tensors; those of large checkpoints have half a
@@ -515,6 +515,5 @@ def _tensors(loaded: Any) -> dict[str, StoredTensor]:
     found = flatten(loaded, lambda value: isinstance(value, StoredTensor))
     if found is None:
         raise BrokenFile("it holds no tensors by name")
-    if len(found) > MAX_TENSORS:
-        raise BrokenFile(f"it has more than {MAX_TENSORS} tensors")
+    check_names(found)
     return found

@@ -98,6 +98,10 @@ LYING: dict[str, tuple[bytes, str]] = {
     ),
     "a gap": (with_header({"a": entry(0, 4), "b": entry(6, 8)}, b"x" * 8), "a gap at 4"),
     "a gap at the beginning": (with_header({"a": entry(4, 8)}, b"x" * 8), "a gap at 0"),
+    "a name without end": (
+        with_header({"attn2.to_k" * 1_000_000: entry(0, 4)}, b"xxxx"),
+        "10000000 characters",
+    ),
     "bytes too few": (weights("Lora")[:-1], "upload it again"),
     "bytes too many": (weights("Lora") + b"x", "upload it again"),
     "a pickle behind it": (weights("Lora") + pickle.dumps({}), "upload it again"),
@@ -307,6 +311,7 @@ BROKEN: dict[str, tuple[Callable[[], bytes], str]] = {
         "are not there",
     ),
     "no names": (lambda: saved([torch.zeros(3)]), "no tensors by name"),
+    "a name without end": (lambda: saved({"a" * 501: torch.zeros(3)}), "501 characters"),
     "a pickle of something else": (lambda: pickle.dumps({"a": 1}, 2), "as torch writes them"),
     "a bomb of references": (
         lambda: zipped({"a/data.pkl": b"\x80\x02]q\x00" + b"h\x00a" * 1000 + b"."}),
