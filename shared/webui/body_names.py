@@ -122,7 +122,7 @@ def _read(body: bytes) -> _Body | None:
 
 
 def _of_painting(raw: _Body, task_type: str, webui: WebuiSettings) -> BodyNames:
-    axes = plot_axes(raw, task_type, webui.max_pictures)
+    axes = plot_axes(raw, task_type, webui)
     hires = task_type == "txt2img" and _flag(raw.get("enable_hr"))
     settings = _object(raw.get("override_settings"))
     checkpoint = _either(axes, "checkpoint name", settings.get("sd_model_checkpoint"))
@@ -285,6 +285,8 @@ MODEL_AXES = {
     "refiner checkpoint": {"txt2img": 35, "img2img": 34},
 }
 """Those that put names of models into a body, and the numbers that the webui 1.7 gives them."""
+_SHIFTED = ("hires upscaler", "vae", "styles", "face restore", "refiner checkpoint")
+"""In 1.10 these stand behind two more."""
 _TYPED = ("prompt s/r", "face restore")
 """Those whose values are typed; those of the others are chosen from a list."""
 
@@ -293,8 +295,18 @@ Axes = list[tuple[str, list[str]]]
 """Of a plot: what each is called, and its values."""
 
 
-def plot_axes(raw: _Body, task_type: str, most: int) -> Axes:
-    """The axes of models, and up to `most` of their values: for the body of a plot, else none."""
+def model_axes(task_type: str, webui_version: str) -> dict[str, int]:
+    """The axes of a task that put names of models into a body, and their numbers."""
+    return {
+        label: numbers[task_type] + 2 * (webui_version != "1.7" and label in _SHIFTED)
+        for label, numbers in MODEL_AXES.items()
+        if task_type in numbers
+    }
+
+
+def plot_axes(raw: _Body, task_type: str, webui: WebuiSettings) -> Axes:
+    """The axes of models, and as many of their values as a plot may have pictures: for the body of
+    a plot, else none."""
     given = raw.get("script_args")
     if _text(raw.get("script_name")).lower() != PLOT or not isinstance(given, list):
         return []
@@ -302,10 +314,10 @@ def plot_axes(raw: _Body, task_type: str, most: int) -> Axes:
     csv_mode = len(rest) > 1 and _flag(rest[1])
     axes = []
     for type_, typed, chosen in zip(*[iter(given[:9])] * 3, strict=False):
-        for label, numbers in MODEL_AXES.items():
-            if as_whole(type_) == numbers.get(task_type) or _text(type_).lower() == label:
+        for label, number in model_axes(task_type, webui.webui_version).items():
+            if as_whole(type_) == number or _text(type_).lower() == label:
                 choose = chosen and not csv_mode and label not in _TYPED
-                axes.append((label, _values(chosen if choose else typed, most)))
+                axes.append((label, _values(chosen if choose else typed, webui.max_pictures)))
     return axes
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from services.inference.worker.pipelines.enlarging import BY_PIXELS
 from services.inference.worker.pipelines.painting import LATENT_UPSCALERS
-from services.inference.worker.pipelines.plotting import AXES
+from services.inference.worker.pipelines.plotting import axes_of
 from shared.webui.body_names import (
     LONGEST_PROMPT,
     MODEL_AXES,
@@ -17,6 +17,7 @@ from shared.webui.body_names import (
     NO_MODEL,
     BodyNames,
     has_words,
+    model_axes,
     names_in,
     squeezed,
     words_of,
@@ -315,15 +316,19 @@ def test_what_is_a_comment_names_nothing() -> None:
     assert len(read("txt2img", later, **body, **kept).models) == 3
 
 
-def test_the_numbers_of_axes_are_those_of_the_plot() -> None:
-    for task_type in ("txt2img", "img2img"):
-        known = [axis.label.lower() for axis in AXES if axis.only in ("", task_type)]
-        numbers = {
-            label: of_task[task_type]
-            for label, of_task in MODEL_AXES.items()
-            if task_type in of_task
-        }
-        assert numbers == {label: known.index(label) for label in MODEL_AXES if label in known}
+@pytest.mark.parametrize("version", ["1.7", "1.10"])
+@pytest.mark.parametrize("task_type", ["txt2img", "img2img"])
+def test_the_numbers_of_axes_are_those_of_the_plot(task_type: str, version: str) -> None:
+    known = [axis.label.lower() for axis in axes_of(version) if axis.only in ("", task_type)]
+    numbers = {label: known.index(label) for label in MODEL_AXES if label in known}
+    assert model_axes(task_type, version) == numbers
+
+
+def test_a_number_of_an_axis_is_that_of_the_deployment_s_webui() -> None:
+    later = WebuiSettings(webui_version="1.10")
+    body = plot(28, "u", [])
+    assert [one.title for one in read("txt2img", later, **body, enable_hr=True).models] == ["u"]
+    assert read("txt2img", **body, enable_hr=True).models == []
 
 
 @pytest.mark.parametrize(
