@@ -14,7 +14,7 @@ proving it, so with this profile whoever holds the API key can act as any user. 
 - creating a role or user that exists updates it; `initial` makes the first user of an empty place,
   and does nothing where there is an administrator; a password may have any length but 0
 - GET /users?show_password=1 has a text of its own for each user, which is no password here; sent
-  back by POST /users, it leaves the password as it is
+  back by POST or PUT /users, it leaves the password as it is
 - DELETE /endpoints takes `endpoint_name_list`; names get the prefix `esd-async-`, `esd-real-time-`
   (DARKROOM_ENDPOINT_PREFIX says another word than `esd`)
 - POST /inferences takes `payload_string`: the params inline, started at once; it refuses a job that

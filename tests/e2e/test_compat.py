@@ -445,6 +445,8 @@ def test_instead_of_a_password_a_text_is_shown_that_opens_nothing(
         assert api.request("POST", "/auth/token", login).status_code == 401
     sent_back = {"username": names[0], "password": texts[0], "roles": ["IT Operator"]}
     assert admin.request("POST", "/users", sent_back).status_code == 201
+    unchanged = admin.request("PUT", f"/users/{names[0]}", {"password": texts[0]})
+    assert unchanged.status_code == 200
     login = {"username": names[0], "password": "the same for both"}
     assert api.request("POST", "/auth/token", login).status_code == 200, "it stays what it was"
     (user,) = api.call("GET", f"/users?username={names[0]}")["data"]["users"]

@@ -110,8 +110,12 @@ async def change_user(
     check_roles_held(person, [role for role in data.roles or [] if role not in user.roles])
     password_hash = None
     if data.password is not None:
-        check_password(data.password, esd_compat=gateway.settings.esd_compat)
-        password_hash = await gateway.authenticator.hash_password(data.password)
+        esd_compat = gateway.settings.esd_compat
+        check_password(data.password, esd_compat=esd_compat)
+        if esd_compat:
+            password_hash = gateway.authenticator.find_kept_hash(username, data.password)
+        if password_hash is None:
+            password_hash = await gateway.authenticator.hash_password(data.password)
     command = ChangeUser(
         username=username,
         roles=data.roles,
