@@ -20,6 +20,7 @@ from services.models.domain import Unfit, find_fault
 from services.models.inspection import RangeReader
 from services.models.store.files import Digest, FileStore
 from shared.contracts.models import CheckpointFile
+from shared.webui.titles import SUFFIXES
 from shared.weights import BrokenFile
 
 MOST_MEMBERS = 100
@@ -27,7 +28,6 @@ HEADER = 512
 BLOCK = 16 * 1024
 MOST_READ = 4 * 1024**2
 """Bytes that all headers of an archive may take, and what is read at once."""
-MODEL_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".onnx")
 CONFIG_SUFFIXES = (".yaml", ".yml")
 """Left out: what a model is, its tensors say."""
 
@@ -123,8 +123,8 @@ def _member(info: tarfile.TarInfo, about: str) -> Member | None:
     suffix = _suffix(path.name)
     if suffix in CONFIG_SUFFIXES:
         return None
-    if suffix not in MODEL_SUFFIXES:
-        allowed = ", ".join(MODEL_SUFFIXES)
+    if suffix not in SUFFIXES:
+        allowed = ", ".join(SUFFIXES)
         raise Unfit(f"{about} with {shown}, which is no model file ({allowed})")
     if info.size <= 0:
         raise Unfit(f"{about} with an empty file: {shown}")
