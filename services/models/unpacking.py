@@ -28,8 +28,24 @@ HEADER = 512
 BLOCK = 16 * 1024
 MOST_READ = 4 * 1024**2
 """Bytes that all headers of an archive may take, and what is read at once."""
+LONGEST_HEADER = 8 * 1024
+"""Bytes, twice as many as the longest path takes: tarfile looks through a header in time that grows
+with the square of it, and holds up everybody meanwhile."""
 CONFIG_SUFFIXES = (".yaml", ".yml")
 """Left out: what a model is, its tensors say."""
+
+
+class _Headers:
+    """An archive as tarfile reads it. Raises ReadError for a header that is too long."""
+
+    def __init__(self, opened: BinaryIO) -> None:
+        self._opened = opened
+        self.seek, self.tell = opened.seek, opened.tell
+
+    def read(self, count: int) -> bytes:
+        if count > LONGEST_HEADER:
+            raise tarfile.ReadError(f"a header of {count} bytes, allowed are {LONGEST_HEADER}")
+        return self._opened.read(count)
 
 
 class Member(msgspec.Struct, frozen=True):
@@ -81,7 +97,7 @@ def _list_members(opened: BinaryIO, file: CheckpointFile) -> list[Member]:
     members: list[Member] = []
     about = f"{file.filename} is a tar archive"
     try:
-        with tarfile.open(fileobj=opened, mode="r:") as archive:
+        with tarfile.open(fileobj=cast(BinaryIO, _Headers(opened)), mode="r:") as archive:
             at = -1
             for number, info in enumerate(archive):
                 if number >= MOST_MEMBERS:

@@ -67,6 +67,12 @@ def test_an_archive_without_its_end_is_whole_if_its_files_are() -> None:
     assert members_of(archive[:1536])[0].size == 512
 
 
+def with_long_header(kind: bytes) -> bytes:
+    info = tarfile.TarInfo("x")
+    info.type, info.size = kind, 2**20
+    return info.tobuf() + b"1" * info.size + packed(plain("a.pt"))
+
+
 NEGATIVE = tarfile.TarInfo("a.pt")
 NEGATIVE.size = -1024
 
@@ -93,6 +99,8 @@ NEGATIVE.size = -1024
         (lambda: packed(plain("a.pt", b"x" * 2000))[:1800], "ends in the middle of a.pt"),
         (lambda: packed(plain("a.pt"))[:1024] + b"garbage " * 64, "damaged at byte 1024"),
         (lambda: packed(plain("a.pt"), plain("b.pt"))[:1300], "damaged at byte 1024"),
+        (lambda: with_long_header(tarfile.XHDTYPE), "a header of 1048576 bytes, allowed are 8192"),
+        (lambda: with_long_header(tarfile.GNUTYPE_LONGNAME), "a header of 1048576 bytes"),
         (lambda: NEGATIVE.tobuf(tarfile.GNU_FORMAT) * 3, "an empty file"),
     ],
 )
