@@ -294,7 +294,7 @@ def test_a_grid_comes_only_when_it_is_asked_for(easel: Easel) -> None:
     [
         ("png", "PNG", "image/png", "png"),
         ("jpg", "JPEG", "image/jpeg", "jpg"),
-        ("jpeg", "JPEG", "image/jpeg", "jpg"),
+        ("JPEG", "JPEG", "image/jpeg", "jpg"),
         ("webp", "WEBP", "image/webp", "webp"),
     ],
 )

@@ -1332,7 +1332,7 @@ def packed_as_asked(
     stem: str, picture: Image.Image, text: str, settings: OverrideSettings, usual: Format
 ) -> tuple[ResultImage, list[str]]:
     """A picture as a file with its infotext, as `settings` say, and warnings."""
-    name = settings.samples_format.replace("jpeg", "jpg") or usual.name
+    name = settings.samples_format.lower().replace("jpeg", "jpg") or usual.name
     form = Format(name, settings.jpeg_quality, settings.webp_lossless)
     notes = {"parameters": text} if settings.enable_pnginfo else {}
     return result_image(stem, picture, notes, form)

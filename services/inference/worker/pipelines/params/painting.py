@@ -498,7 +498,7 @@ def _check(params: PaintingParams, task_type: str, webui: WebuiSettings) -> None
                 f"{field}: got {getattr(params, field)} for the first of {pictures} pictures,"
                 f" allowed is up to {HIGHEST_SEED} for the last"
             )
-    if settings.samples_format not in _FORMATS:
+    if settings.samples_format.lower() not in _FORMATS:
         raise JobFailure(
             f"override_settings.samples_format: got {short(settings.samples_format)},"
             " allowed is one of png, jpg, webp"
