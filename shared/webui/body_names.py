@@ -213,7 +213,8 @@ def _models(fields: Iterable[tuple[str, str, list[Any]]]) -> Iterator[NamedModel
 def _of_scripts(raw: _Body) -> Iterator[NamedModel]:
     refines = raw.get("refiner_checkpoint") is None  # the field goes before the script
     for title, script in _object(raw.get("alwayson_scripts")).items():
-        name, arguments = title.strip().lower(), _list(_object(script).get("args"))
+        name = title.strip().lower()
+        arguments = _list(script.get("args") if isinstance(script, dict) else script)
         where = f"alwayson_scripts.{name}.args"
         if name == "controlnet":
             for number, unit in enumerate(map(_object, arguments)):

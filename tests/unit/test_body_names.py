@@ -80,6 +80,11 @@ HIRES = {"enable_hr": True, "hr_upscaler": "R-ESRGAN 4x+", "hr_checkpoint_name":
         ),
         ("img2img", {"alwayson_scripts": {"refiner": {"args": [False, "r", 0.8]}}}, []),
         (
+            "img2img",
+            {"alwayson_scripts": {"refiner": [True, "r", 0.8]}},
+            [("Stable-diffusion", "r")],
+        ),
+        (
             "txt2img",
             {
                 "refiner_checkpoint": "own",

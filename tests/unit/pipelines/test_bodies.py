@@ -897,6 +897,11 @@ def test_modes_are_numbers_or_texts(
     assert (unit.resize_mode, unit.control_mode) == (resize_mode, control_mode)
 
 
+def test_units_are_found_whatever_is_around_their_name() -> None:
+    params, _ = read(alwayson_scripts={" ControlNet ": {"args": [{"model": "a"}]}})
+    assert [unit.model for unit in params.units] == ["a"]
+
+
 def test_units_that_are_off_are_left_out() -> None:
     """Whatever else is in them."""
     off = {"enabled": False, "weight": 99, "model": 7, "image": ["a"], "resize_mode": "x", "foo": 1}

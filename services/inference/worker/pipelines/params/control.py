@@ -98,7 +98,7 @@ def parse_units(scripts: Any) -> tuple[list[ControlUnit], list[str]]:
     if scripts is None:
         return units, warnings
     for name, script in checked(scripts, dict, "alwayson_scripts").items():
-        if name.lower() != "controlnet":
+        if name.strip().lower() != "controlnet":
             continue
         at = "alwayson_scripts.controlnet"
         given = checked(script, dict, at).get("args", [])
