@@ -18,7 +18,7 @@ from typing import Any, TypedDict
 import msgspec
 
 from shared.webui.settings import WebuiSettings
-from shared.webui.styles import read_styles, styled, written
+from shared.webui.styles import read_styles, written
 from shared.webui.titles import CHECKPOINT, LORA, UPSCALER, stem_of
 from shared.webui.values import as_flag, as_number, as_whole
 from shared.weights.kinds import CODEFORMER, FACE_RESTORATION, GFPGAN
@@ -178,19 +178,19 @@ def _prompts(raw: _Body, axes: Axes, webui: WebuiSettings, *, hires: bool) -> li
         if field.startswith("hr_") and not given:
             continue  # it is the first pass's
         texts = [given] if field.startswith("hr_") else _replaced(given, axes)
-        pairs = itertools.product(texts, additions)
-        found += [
-            (field, written(text, [], webui.webui_version, comments=comments))
-            for text in _within_bounds(_styled(*pair) for pair in pairs)
-        ]
+        rendered = (
+            _written(text, some, webui.webui_version, comments=comments)
+            for text, some in itertools.product(texts, additions)
+        )
+        found += [(field, text) for text in _within_bounds(rendered)]
     return found
 
 
-def _styled(text: str, additions: list[str]) -> str:
-    for addition in additions:
-        if len(text) <= LONGEST_PROMPT:
-            text = styled(text, [addition])
-    return text if len(text) <= LONGEST_PROMPT else ""
+def _written(text: str, additions: list[str], webui_version: str, *, comments: bool) -> str:
+    try:
+        return written(text, additions, webui_version, longest=LONGEST_PROMPT, comments=comments)
+    except ValueError:
+        return ""
 
 
 def _within_bounds(texts: Iterable[str]) -> Iterator[str]:

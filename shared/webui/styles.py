@@ -65,23 +65,32 @@ def _read_csv(text: str) -> Styles:
 
 
 def written(
-    prompt: str, additions: Sequence[str], webui_version: str, *, comments: bool = True
+    prompt: str,
+    additions: Sequence[str],
+    webui_version: str,
+    *,
+    longest: int,
+    comments: bool = True,
 ) -> str:
     """A prompt as it is rendered: with those of styles, and written as the webui writes it.
-    `comments`: whether there may be some, which are left out."""
-    prompt = styled(prompt, additions)
+    `comments`: whether there may be some, which are left out. Raises ValueError for one that its
+    styles make longer than `longest`."""
+    prompt = styled(prompt, additions, longest)
     if webui_version == "1.7":
         return tidied(prompt)
     return without_comments(prompt) if comments else prompt
 
 
-def styled(prompt: str, additions: Sequence[str]) -> str:
-    """A prompt with those of styles, one after the other, as the webui puts them together."""
+def styled(prompt: str, additions: Sequence[str], longest: int) -> str:
+    """A prompt with those of styles, one after the other, as the webui puts them together. Raises
+    ValueError, see `written`."""
     for addition in additions:
         if "{prompt}" in addition:
             prompt = addition.replace("{prompt}", prompt)
         else:
             prompt = ", ".join(part for part in (prompt.strip(), addition.strip()) if part)
+        if len(prompt) > longest:
+            raise ValueError(f"with its styles it has more than {longest} characters")
     return prompt
 
 

@@ -1128,6 +1128,13 @@ STYLES = json.dumps(
 )
 
 
+def test_styles_can_not_make_prompts_without_end() -> None:
+    webui = WebuiSettings(styles='{"twice": {"prompt": "{prompt}, {prompt}"}}')
+    told = "prompt: with its styles it has more than 20000 characters"
+    with pytest.raises(JobFailure, match=told):
+        parse_painting({"prompt": "a cat", "styles": ["twice"] * 100_000}, "txt2img", webui)
+
+
 def test_styles_are_put_to_the_prompts_as_in_the_webui() -> None:
     webui = WebuiSettings(styles=STYLES)
     body = {"prompt": "a cat", "negative_prompt": "blurry", "styles": ["sharp", "cinema"]}

@@ -438,7 +438,7 @@ def _with_styles(
     params: PaintingParams, webui: WebuiSettings, warnings: list[str]
 ) -> PaintingParams:
     """With its prompts as they are rendered: with those of its styles, and written as the webui
-    writes them."""
+    writes them. Raises JobFailure."""
     known = read_styles(webui.styles)
     warnings += [
         f"styles {short(name)}: no effect, this deployment has no style of that name"
@@ -450,8 +450,16 @@ def _with_styles(
     negative = [style.negative_prompt for style in styles]
 
     def rendered(prompt: str, additions: list[str]) -> str:
-        comments = params.override_settings.enable_prompt_comments
-        return written(prompt, additions, webui.webui_version, comments=comments)
+        try:
+            return written(
+                prompt,
+                additions,
+                webui.webui_version,
+                longest=webui.max_prompt_length,
+                comments=params.override_settings.enable_prompt_comments,
+            )
+        except ValueError as error:
+            raise JobFailure(f"prompt: {error}") from None
 
     hr_prompt, hr_negative_prompt = params.hr_prompt, params.hr_negative_prompt
     return msgspec.structs.replace(
