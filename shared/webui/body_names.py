@@ -311,7 +311,7 @@ def plot_axes(raw: _Body, task_type: str, webui: WebuiSettings) -> Axes:
     given = raw.get("script_args")
     if _text(raw.get("script_name")).lower() != PLOT or not isinstance(given, list):
         return []
-    rest = given[13:] if len(given) <= 17 else given[16:]
+    rest = given[13:] if len(given) < 17 else given[16:]
     csv_mode = len(rest) > 1 and _flag(rest[1])
     axes = []
     for type_, typed, chosen in zip(*[iter(given[:9])] * 3, strict=False):
