@@ -11,7 +11,7 @@ import asyncpg
 from shared import errors, tracing
 from shared.contracts import envelope as cloud
 from shared.contracts.envelope import Completed, Envelope, Message, Rejected, State
-from shared.contracts.inference import RunJob
+from shared.contracts.inference import JobStarted, RunJob
 from shared.contracts.registry import payload, type_of
 from shared.contracts.subjects import aggregate_of, event_subject, run_job_subject
 from shared.outbox import Outbox, OutboxRow, store
@@ -25,7 +25,8 @@ Observer = Callable[[Message], None]
 
 ROOM_TO_GROW = 256 * 1024
 """Bytes by which events about an aggregate may be larger than the first, such as by the outcome of
-a job: what could be created can also be ended."""
+a job: what could be created can also be ended. A job's start, which may add models, takes no more
+than half of them."""
 
 
 def utc_now() -> datetime:
@@ -93,8 +94,12 @@ class Tx:
             answers=answers,
         )
         body = cloud.encode(framed)
-        first = isinstance(message, State) and message.version == 1
-        if not cloud.fits(body, self._max_payload, spare=ROOM_TO_GROW if first else 0):
+        spare = 0
+        if isinstance(message, State) and message.version == 1:
+            spare = ROOM_TO_GROW
+        elif isinstance(message, JobStarted):
+            spare = ROOM_TO_GROW // 2
+        if not cloud.fits(body, self._max_payload, spare=spare):
             raise errors.TooLarge(len(body), self._max_payload)
         return OutboxRow(framed.id, subject, body, cause_id)
 
