@@ -498,6 +498,17 @@ LOW_RANK = {"attn1_to_q.lora_down.weight": (4, 16), "attn1_to_q.lora_up.weight":
             },
             "attn1_to_q is of another size",
         ),
+        (
+            {"attn1_to_q.lokr_w1": (600, 600), "attn1_to_q.lokr_w2": (600, 600)},
+            "attn1_to_q is of another size",
+        ),
+        (
+            {
+                "attn1_to_q.lora_down.weight": (1, 200_000),
+                "attn1_to_q.lora_up.weight": (200_000, 1),
+            },
+            "attn1_to_q is of another size",
+        ),
         ({"attn1_to_q.oft_blocks": (4, 4, 4)}, "of the form OFT"),
         ({**LOW_RANK, "attn1_to_q.dora_scale": (1, 17)}, "attn1_to_q is of another size"),
         (

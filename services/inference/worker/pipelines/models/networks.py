@@ -27,6 +27,10 @@ from services.inference.worker.pipelines.models.files import ModelFile
 from shared.weights.headers import Header
 from shared.weights.kinds import network_family, recognise
 
+MOST_ON_THE_WAY = 64
+"""Times the numbers of a weight that may be computed on the way to what is added to it. A rank of
+128 on a convolution of few channels needs some 30."""
+
 Parts = dict[str, Tensor]
 """What a network has for one module: `lora_down.weight`, `alpha`, …"""
 
@@ -307,6 +311,8 @@ def _weight_change(parts: Parts, file: str, module: str, shape: tuple[int, ...])
     def change(bare: Tensor) -> Tensor:
         wide = {part: tensor.to(bare.device, torch.float32) for part, tensor in parts.items()}
         try:
+            if _largest(wide) > MOST_ON_THE_WAY * max(bare.numel(), 1024):
+                raise ValueError("small factors of something far larger than the weight")
             delta = _fitted(_delta(wide, bare) * _scale(parts), shape)
             return _decomposed(bare, delta, wide) if _DORA & wide.keys() else delta
         except (RuntimeError, IndexError, KeyError, ValueError) as error:
@@ -356,6 +362,41 @@ def _bias_change(parts: Parts, file: str, module: str, shape: tuple[int, ...]) -
     return None
 
 
+def _largest(parts: Parts) -> int:
+    """How many numbers the largest tensor has that is computed of a network's factors on the way to
+    what it adds to a weight: a file of a few megabytes can ask for terabytes."""
+    if "lora_down.weight" in parts:
+        return _product_size(
+            parts.get("lora_mid.weight"),
+            parts["lora_up.weight"].flatten(1),
+            parts["lora_down.weight"].flatten(1),
+        )
+    if "hada_w1_a" in parts:
+        return max(_core_size(parts, f"hada_t{n}", f"hada_w{n}") for n in (1, 2))
+    if "lokr_w1" in parts or "lokr_w1_a" in parts:
+        sizes = [
+            parts[name].numel() if name in parts else _core_size(parts, f"lokr_t{n}", name)
+            for n, name in ((1, "lokr_w1"), (2, "lokr_w2"))
+        ]
+        return math.prod(sizes)
+    return 0
+
+
+def _core_size(parts: Parts, core: str, factors: str) -> int:
+    a, b = parts[f"{factors}_a"], parts[f"{factors}_b"]
+    return _product_size(parts.get(core), a if core not in parts else a.T, b)
+
+
+def _product_size(core: Tensor | None, left: Tensor, right: Tensor) -> int:
+    """Of `left @ right`, with a `core` (left's columns, right's rows, …) between them if there is
+    one, whichever of its two sides is computed first."""
+    rows, columns = left.shape[0], right.shape[1]
+    if core is None:
+        return rows * columns
+    inner = core[0, 0].numel()
+    return inner * max(rows * columns, rows * core.shape[1], core.shape[0] * columns)
+
+
 def _delta(parts: Parts, bare: Tensor) -> Tensor:
     """What a network adds to a weight, before its scale."""
     if "lora_down.weight" in parts:
@@ -367,6 +408,8 @@ def _delta(parts: Parts, bare: Tensor) -> Tensor:
             _core(parts.get(f"hada_t{n}"), parts[f"hada_w{n}_a"], parts[f"hada_w{n}_b"])
             for n in (1, 2)
         )
+        if one.shape != two.shape:
+            raise ValueError("two factors of different sizes")
         return one * two
     if "lokr_w1" in parts or "lokr_w1_a" in parts:
         return _kronecker(_lokr_factor(parts, 1), _lokr_factor(parts, 2))
