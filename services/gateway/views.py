@@ -16,6 +16,9 @@ from shared.contracts.inference import Job, UsedModel
 from shared.contracts.models import Checkpoint, CheckpointFile
 from shared.objects import Objects
 
+MOST_FILES = 20
+"""Of a checkpoint whose embeddings are found by the words of a prompt."""
+
 _checkpoint = msgspec.json.Decoder(Checkpoint)
 _endpoint = msgspec.json.Decoder(Endpoint)
 _job = msgspec.json.Decoder(Job)
@@ -93,13 +96,15 @@ class Views:
 
     async def list_embeddings_in(self, prompt: str, person: Person) -> list[Checkpoint]:
         """As `list_checkpoints_by_key`, the embeddings with a file whose name, without spaces, is a
-        part of `prompt`, which has none and is in lower case."""
+        part of `prompt`, which has none and is in lower case. Not those of more than MOST_FILES:
+        they go with the job whole, and what somebody else uploads must not make it too large."""
         rows = await self._pool.fetch(
             """
             SELECT state::text AS state FROM aggregates
             WHERE kind = 'checkpoint' AND NOT deleted AND state->>'status' = 'Active'
                 AND state->>'type' = 'embeddings'
                 AND ($2 OR state->>'creator' = $3 OR state->'allowed_roles_or_users' ?| $4)
+                AND jsonb_array_length(state->'files') <= $5
                 AND EXISTS (
                     SELECT FROM unnest(checkpoint_keys(state)) AS keys (key)
                     WHERE strpos($1, regexp_replace(normalize(key), '[[:space:]]', '', 'g')) > 0
@@ -108,6 +113,7 @@ class Views:
             """,
             prompt,
             *_rights(person),
+            MOST_FILES,
         )
         return [_checkpoint.decode(row["state"]) for row in rows]
 

@@ -401,6 +401,8 @@ async def test_only_words_that_stand_in_a_prompt_are_embeddings(registry: Regist
         ["style (v1).pt", "bad-hands-5.pt"],
         ["bad-hands-5.pt", "style (v1).pt"],
     )
+    await registry.add("embeddings", "dog.pt", *[f"word{number}.pt" for number in range(20)])
+    assert await registry.find({"prompt": "a dog"}) == [], "a checkpoint of many files is listed"
     assert await registry.find({"hr_prompt": "hr"}) == []
     assert await registry.find({"hr_negative_prompt": "hr", "enable_hr": True}) == ["hr.pt"]
 
