@@ -100,7 +100,8 @@ def test_a_deleted_endpoint_finishes_its_job_and_hands_on_the_others(
     gone_after += ["leaving", "staying"]
     api.create_endpoint("leaving", roles=("byoc",))
     api.wait_for_endpoint("leaving")
-    long = {**TINY, "steps": 150, "width": 256, "height": 256}
+    # It goes on for longer than another worker takes to start, on a busy machine too.
+    long = {**TINY, "steps": 400, "width": 256, "height": 256}
     jobs = [start(artist, long)]
     until(lambda: api.call("GET", "/endpoints/leaving")["data"]["instances"][0]["jobs"] == jobs)
     # Of another size, so that they wait for the first instead of running beside it.

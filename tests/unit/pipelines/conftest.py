@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,19 @@ from tests.unit.pipelines.tiny import Tiny
 ROUNDING = 5e-5
 """Both sides compute in float32, but sum up in another order: the engine asks for all texts in one
 batch. Guidance multiplies what comes of that, and so does each step."""
+
+
+@contextmanager
+def at_once(seconds: float) -> Iterator[None]:
+    """Asserts that what is done within takes no more processor time: far more than it needs, and
+    far less than with the square of its length. What other tests left to collect has no part."""
+    gc.disable()
+    try:
+        began = time.process_time()
+        yield
+        assert time.process_time() - began < seconds
+    finally:
+        gc.enable()
 
 
 @pytest.fixture(scope="session")
