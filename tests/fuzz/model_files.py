@@ -210,7 +210,7 @@ def other_shape(tensor: Tensor, chance: random.Random) -> Tensor:
         case 4:
             return tensor[:0] if tensor.ndim else torch.zeros(0)
         case 5:
-            return tensor.T if tensor.ndim == 2 else flat[:1].reshape(())[None, None]
+            return tensor.T if tensor.ndim == 2 else flat[:1][None]
         case _:
             return torch.zeros(chance.choices([1, 2, 3, 16, 32], k=chance.randrange(6)))
 

@@ -439,6 +439,32 @@ def test_a_config_may_not_ask_for_the_impossible(
         bench.paint(path)
 
 
+def test_parts_that_a_config_cuts_apart_are_refused(
+    bench: Bench, checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    path = tmp_path / "odd.safetensors"
+    model, _ = checkpoints["SD 1.x"]
+    text = {**model.configs["text_encoder"], "hidden_size": 3}
+    tiny.save(path, model.tensors(), {**model.configs, "text_encoder": text})
+    with pytest.raises(JobFailure, match=r"hidden_size: 3 can't be . equal heads"):
+        bench.paint(path)
+    model, _ = checkpoints["SDXL"]
+    unet = {**model.configs["unet"], "addition_time_embed_dim": 3}
+    tiny.save(path, model.tensors(), {**model.configs, "unet": unet})
+    with pytest.raises(JobFailure, match=r"the parts of odd.safetensors do not fit together"):
+        bench.paint(path)
+
+
+def test_a_consistency_model_whose_guidance_has_no_place_is_refused(
+    bench: Bench, checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    model, _ = checkpoints["SD 1.x"]
+    path = tmp_path / "odd.safetensors"
+    tiny.save(path, {**model.tensors(), f"{UNET}time_embed.cond_proj.weight": torch.zeros(8)})
+    with pytest.raises(JobFailure, match=r"cond_proj.weight in odd.safetensors is no matrix"):
+        bench.paint(path)
+
+
 # Pickles
 
 

@@ -1072,6 +1072,15 @@ def test_a_controlnet_of_another_family_is_refused(
         controlled(bench, path, {file: unit(file, photo())})
 
 
+def test_a_controlnet_that_is_asked_otherwise_than_the_unet_is_refused(
+    bench: Bench, checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    _, path = checkpoints["SD 1.x"]
+    saved(checkpoints["SDXL"][0], file := tmp_path / "other.safetensors")
+    with pytest.raises(JobFailure, match=r"other.safetensors does not fit .*cross_attention_dim"):
+        controlled(bench, path, {file: unit(file, photo())})
+
+
 def test_a_controlnet_union_is_refused_as_such(
     bench: Bench, checkpoints: Checkpoints, tmp_path: Path
 ) -> None:

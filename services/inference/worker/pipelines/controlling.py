@@ -58,6 +58,14 @@ class _Look(msgspec.Struct, frozen=True, eq=False):
     masked: NDArray[np.bool_] | None
 
 
+ASKED_ALIKE = (
+    "cross_attention_dim",
+    "addition_time_embed_dim",
+    "projection_class_embeddings_input_dim",
+)
+"""Of the configs of a ControlNet and its UNet."""
+
+
 class Controls:
     """The ControlNet units of one job."""
 
@@ -101,8 +109,17 @@ class Controls:
         mask = read_picture(unit.picture_mask, f"{where}.mask") if unit.picture_mask else None
         return _Unit(unit, file, picture, mask)
 
-    def load(self) -> None:
+    def load(self, unet: Any, checkpoint: str) -> None:
+        """Raises JobFailure for a ControlNet that is asked with what `unet`, that of `checkpoint`,
+        is asked with, and takes something else."""
         self._loaded = [self._library.controlnet(one.file) for one in self._units]
+        for one, model in zip(self._units, self._loaded, strict=True):
+            for key in ASKED_ALIKE:
+                if getattr(model.config, key) != getattr(unet.config, key):
+                    raise JobFailure(
+                        f"{one.file.name} does not fit {checkpoint}: its {key} is"
+                        f" {getattr(model.config, key)}, there it is {getattr(unet.config, key)}"
+                    )
 
     def unused(self) -> Iterable[tuple[ModelFile, list[str]]]:
         """What each file has of which its ControlNet makes no use."""

@@ -458,7 +458,7 @@ class Painting:
             self._warn_of_rests(plan.refiner, refiner)
             same = refiner.family == self.checkpoint.family
             self.refiner = Net(refiner, self.worn if same else (), self.params.tiling)
-        plan.controls.load()
+        plan.controls.load(self.checkpoint.unet, plan.checkpoint.name)
         for file, unused in plan.controls.unused():
             self._warn_unused(file, unused)
 

@@ -19,7 +19,7 @@ from services.inference.worker.pipelines.models.files import ModelFile
 from services.inference.worker.pipelines.models.networks import Wardrobe
 from services.inference.worker.pipelines.models.parts import Parts
 from services.inference.worker.pipelines.sampling.schedules import NoiseSchedule
-from shared.weights.kinds import SD2, Kind
+from shared.weights.kinds import REFINER, SD2, Kind
 
 
 class Checkpoint:
@@ -75,8 +75,14 @@ class Checkpoint:
         config = self.unet.config
         latents = self.configs.vae["latent_channels"]
         vocabulary = len(self.text_encoders[0].tokenizer)
+        more = None  # what a UNet is told beside the text
+        if config.addition_embed_type:
+            told = 5 if self.family == REFINER else 6
+            pooled = (one.model.config.projection_dim for one in self.text_encoders if one.pooled)
+            more = told * config.addition_time_embed_dim + sum(pooled)
         if (
             config.cross_attention_dim != width
+            or more not in (None, config.projection_class_embeddings_input_dim)
             or config.in_channels not in (latents, 2 * latents + 1)
             or any(
                 encoder.model.config.max_position_embeddings < 77

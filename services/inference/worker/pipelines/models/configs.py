@@ -130,7 +130,12 @@ def read_config(text: str, type_: type[T], file: str) -> T:
 def _check_together(config: Any) -> None:
     """Raises ValueError where values do not go together."""
     for part in [config, *config.values()]:
-        if not isinstance(part, dict) or "block_out_channels" not in part:
+        if not isinstance(part, dict):
+            continue
+        heads = part.get("num_attention_heads", 1)
+        if part.get("hidden_size", 0) % heads:
+            raise ValueError(f"hidden_size: {part['hidden_size']} can't be {heads} equal heads")
+        if "block_out_channels" not in part:
             continue
         levels = len(part["block_out_channels"])
         for key in (

@@ -178,6 +178,10 @@ def configs_of(header: Header, name: str) -> tuple[Kind, Configs]:
     unet = {**standard.unet, "in_channels": 9 if kind.inpainting else 4}
     guided = header.tensors.get(UNET + "time_embed.cond_proj.weight")
     if guided:  # a latent consistency model that is told its guidance
+        if len(guided.shape) != 2:
+            raise JobFailure(
+                f"broken checkpoint: time_embed.cond_proj.weight in {name} is no matrix"
+            )
         unet["time_cond_proj_dim"] = guided.shape[1]
     scheduler = {**_SCHEDULER, **_prediction(header)}
     return kind, msgspec.structs.replace(standard, unet=unet, scheduler=scheduler)
